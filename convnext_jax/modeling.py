@@ -1,0 +1,467 @@
+"""ConvNeXt as linen modules, in the order in which the data meets them.
+
+"A ConvNet for the 2020s" (Liu et al., arXiv:2201.03545), with the names, arguments, numerics and
+parameter tree of Hugging Face's `modeling_convnext.py` (transformers 4.37.2). Inside, everything is
+NHWC; the three classes that Hugging Face documents, at the end of the file, take and return NCHW
+unless told `data_format="channels_last"`.
+
+Randomness comes from the stream "drop_path" alone:
+
+    logits = model.apply(variables, pixels, train=True, rngs={"drop_path": key}).logits
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jax.typing import ArrayLike, DTypeLike
+
+from convnext_jax import losses, ops
+from convnext_jax.configuration import ConvNextConfig, drop_path_rates
+from convnext_jax.errors import InputError
+from convnext_jax.outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPoolingAndNoAttention,
+    ImageClassifierOutputWithNoAttention,
+)
+
+# Every norm but the last has this epsilon, whatever `config.layer_norm_eps` says: so does the
+# original, whose field reaches the final norm alone.
+EPSILON = 1e-6
+KERNEL_SIZE = 7
+EXPANSION = 4
+
+
+class ConvNextModule(nn.Module):
+    """What all parts of the network share: their configuration and their numerics.
+
+    Attributes:
+      config: the network.
+      dtype: of the computation; None computes in the promoted dtype of inputs and parameters.
+      param_dtype: of the parameters when they are initialised.
+      precision: of matrix products and convolutions (`jax.lax.Precision`); matters on GPU and TPU,
+        where the default multiplies f32 in TF32 or bf16.
+      implementation: None for the fastest form of each operation on the platform at hand; "plain"
+        for the forms that also support forward-mode derivatives.
+      axis_name: the mapped axis over which the batch is split, under `jax.pmap`; with it, drop path
+        draws its mask for the global batch, and the result is that of one device.
+    """
+
+    config: ConvNextConfig
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: jax.lax.PrecisionLike = None
+    implementation: Literal["plain"] | None = None
+    axis_name: str | None = None
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """These attributes, for the parts that this module is made of."""
+        return {
+            name: getattr(self, name)
+            for name in ConvNextModule.__dataclass_fields__
+            if name not in ("parent", "name")
+        }
+
+    @property
+    def _kernel_init(self) -> nn.initializers.Initializer:
+        # Plain normal: the truncation that the paper's code asks for lies at 100 deviations.
+        return nn.initializers.normal(self.config.initializer_range)
+
+    @nn.nowrap
+    def _patches(self, features: int, side: int | tuple[int, int], name: str) -> nn.Conv:
+        """A convolution over patches that do not overlap; what does not fill a patch is dropped."""
+        sides = (side, side) if isinstance(side, int) else side
+        return nn.Conv(
+            features, sides, strides=sides, padding="VALID", kernel_init=self._kernel_init,
+            dtype=self.dtype, param_dtype=self.param_dtype, precision=self.precision, name=name,
+        )  # fmt: skip
+
+    @nn.nowrap
+    def _dense(self, features: int, name: str) -> nn.Dense:
+        return nn.Dense(
+            features, kernel_init=self._kernel_init, dtype=self.dtype,
+            param_dtype=self.param_dtype, precision=self.precision, name=name,
+        )  # fmt: skip
+
+    @nn.nowrap
+    def _norm(
+        self, name: str, epsilon: float = EPSILON, dtype: DTypeLike | None = None
+    ) -> nn.Module:
+        # The two-pass variance: E[x²] - E[x]² cancels, and with the final norm's epsilon of 1e-12
+        # nothing covers what is left.
+        return nn.LayerNorm(
+            epsilon=epsilon, use_fast_variance=False, dtype=dtype or self.dtype,
+            param_dtype=self.param_dtype, name=name,
+        )  # fmt: skip
+
+
+class DepthwiseConv(ConvNextModule):
+    """The 7x7 convolution of each channel by itself, with bias; (N, H, W, C) to the same."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        shape = (KERNEL_SIZE, KERNEL_SIZE, 1, channels)
+        kernel = self.param("kernel", self._kernel_init, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = ops.depthwise_conv(
+            x, kernel, implementation=self.implementation, precision=self.precision
+        )
+        return y + bias
+
+
+class ConvNextEmbeddings(ConvNextModule):
+    """The stem: patches of the picture, (N, H, W, num_channels) to (N, H/patch, W/patch, width)."""
+
+    @nn.compact
+    def __call__(self, pixel_values: jax.Array) -> jax.Array:
+        config = self.config
+        _check_map("the picture", pixel_values, config.patch_size)
+        x = self._patches(config.hidden_sizes[0], config.patch_size, "patch_embeddings")(
+            pixel_values
+        )
+        return self._norm("layernorm")(x)
+
+
+class ConvNextLayer(ConvNextModule):
+    """A block: depthwise 7x7, LayerNorm, MLP four times as wide, layer scale, drop path, residual.
+
+    Attributes:
+      drop_path_rate: probability of leaving this block out for a sample, in training.
+    """
+
+    drop_path_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        width = x.shape[-1]
+        y = DepthwiseConv(**self.shared, name="dwconv")(x)
+        y = self._norm("layernorm")(y)
+        y = self._dense(EXPANSION * width, "pwconv1")(y)
+        y = ops.activation(self.config.hidden_act)(y)
+        y = self._dense(width, "pwconv2")(y)
+        initial_scale = self.config.layer_scale_init_value
+        if initial_scale > 0:
+            init = nn.initializers.constant(initial_scale)
+            scale = self.param("layer_scale_parameter", init, (width,), self.param_dtype)
+            y = y * scale.astype(y.dtype)
+        if train and self.drop_path_rate > 0:
+            if not self.has_rng("drop_path"):
+                raise InputError(
+                    f"train=True with drop_path_rate={self.config.drop_path_rate} needs a key: "
+                    'give rngs={"drop_path": key} to apply'
+                )
+            y = ops.drop_path(y, self.drop_path_rate, self.make_rng("drop_path"), self.axis_name)
+        return x + y
+
+
+class ConvNextStage(ConvNextModule):
+    """Norm and 2x2 patches where the width changes (all stages but the first), then the blocks.
+
+    Attributes:
+      index: which stage of the configuration this is, from 0.
+    """
+
+    index: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        if self.index > 0:
+            _check_map(f"the map that reaches stage {self.index + 1}", x, 2)
+            x = self._norm("downsampling_layer_0")(x)
+            x = self._patches(self.config.hidden_sizes[self.index], 2, "downsampling_layer_1")(x)
+        for j, rate in enumerate(drop_path_rates(self.config)[self.index]):
+            x = ConvNextLayer(**self.shared, drop_path_rate=rate, name=f"layers_{j}")(x, train)
+        return x
+
+
+class ConvNextEncoder(ConvNextModule):
+    """All stages; returns the maps before and after each, num_stages + 1 of them."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, ...]:
+        maps = [x]
+        for index in range(self.config.num_stages):
+            stage = ConvNextStage(**self.shared, index=index, name=f"stages_{index}")
+            maps.append(stage(maps[-1], train))
+        return tuple(maps)
+
+
+class ConvNextPreTrainedModel(ConvNextModule):
+    """What the documented models share: the layout of pictures and maps, initialisation, files.
+
+    Attributes:
+      data_format: "channels_first" (as Hugging Face documents) or "channels_last", which spares the
+        transposes; holds for the pictures that go in and the maps that come out.
+    """
+
+    data_format: Literal["channels_first", "channels_last"] = "channels_first"
+
+    @nn.nowrap
+    def init_variables(self, key: jax.Array, batch_size: int = 1) -> dict[str, Any]:
+        """Variables of a new network, initialised under `jax.jit` for `config.image_size`.
+
+        Kernels are normal(initializer_range), biases 0, norms 1 and 0, layer scale
+        layer_scale_init_value.
+        """
+        size, channels = self.config.image_size, self.config.num_channels
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch_size, height, width, channels)
+        if self.data_format == "channels_first":
+            shape = (batch_size, channels, height, width)
+        return jax.jit(self.init)(key, jnp.zeros(shape, jnp.float32))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        precision: jax.lax.PrecisionLike = None,
+        implementation: Literal["plain"] | None = None,
+        data_format: Literal["channels_first", "channels_last"] = "channels_first",
+        **config_changes: Any,
+    ) -> tuple[Self, dict[str, Any]]:
+        """The model and its variables from a local folder or a hub name.
+
+        Reads config.json and model.safetensors, without torch. Every key is accounted for: a
+        checkpoint of a classifier also loads into `ConvNextModel` (its head is left out) and
+        `ConvNextBackbone` (whose new norms are named in a warning).
+
+        Args:
+          name_or_path: a folder, or a hub name such as "facebook/convnext-tiny-224".
+          dtype, precision, implementation, data_format: attributes of the model.
+          param_dtype: dtype of the parameters that are returned, whatever the file holds.
+          **config_changes: fields of the configuration, and `revision`, `cache_dir`,
+            `local_files_only`, `token` for huggingface_hub.
+
+        Raises:
+          InputError: when the files are not there, are damaged, or do not fit the network; one
+            error lists every key that is missing, unexpected or of the wrong shape.
+        """
+        from convnext_jax.checkpoints import pretrained  # a leaf, reached only here
+
+        model_options = {
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "precision": precision,
+            "implementation": implementation,
+            "data_format": data_format,
+        }
+        return pretrained.load(cls, name_or_path, model_options, config_changes)
+
+    @nn.nowrap
+    def save_pretrained(self, folder: str | Path, variables: dict[str, Any]) -> None:
+        """Writes config.json and model.safetensors, which Hugging Face `transformers` loads."""
+        from convnext_jax.checkpoints import pretrained
+
+        pretrained.save(self, folder, variables)
+
+    @nn.nowrap
+    def _enter(self, pixel_values: ArrayLike | None) -> jax.Array:
+        """The pictures as NHWC, after the checks that name what is wrong with them."""
+        if pixel_values is None:
+            raise InputError("pixel_values is missing: the model needs pictures")
+        if self.data_format not in ("channels_first", "channels_last"):
+            raise InputError(
+                f"data_format is {self.data_format!r}: choose 'channels_first' or 'channels_last'"
+            )
+        x = jnp.asarray(pixel_values)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise InputError(
+                f"pixel_values are {x.dtype}: the model takes float pictures, rescaled and "
+                "normalised by ConvNextImageProcessor"
+            )
+        channels, axis = self.config.num_channels, 1 if self.data_format == "channels_first" else 3
+        if x.ndim != 4 or x.shape[axis] != channels:
+            order = "channels, height, width" if axis == 1 else "height, width, channels"
+            raise InputError(
+                f"pixel_values have the shape {x.shape}: the model takes (batch, {order}) with "
+                f"{channels} channels (config.num_channels, data_format={self.data_format!r})"
+            )
+        return jnp.transpose(x, (0, 2, 3, 1)) if axis == 1 else x
+
+    @nn.nowrap
+    def _leave(self, maps: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """NHWC maps in the layout of `data_format`."""
+        if self.data_format == "channels_last":
+            return maps
+        return tuple(jnp.transpose(x, (0, 3, 1, 2)) for x in maps)
+
+    @nn.nowrap
+    def _flags(
+        self, output_hidden_states: bool | None, return_dict: bool | None
+    ) -> tuple[bool, bool]:
+        """The two flags as given, or else as the configuration says."""
+        config = self.config
+        return (
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            config.return_dict if return_dict is None else return_dict,
+        )
+
+
+class ConvNextModel(ConvNextPreTrainedModel):
+    """The network without a head: the last stage's map, and its mean after a LayerNorm."""
+
+    @nn.compact
+    def __call__(
+        self,
+        pixel_values: ArrayLike | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        train: bool = False,
+    ) -> BaseModelOutputWithPoolingAndNoAttention | tuple:
+        """Runs the network.
+
+        Args:
+          pixel_values: (batch, num_channels, height, width), or NHWC with
+            `data_format="channels_last"`; any float dtype, any size from one stride of the network.
+          output_hidden_states: also return the stem's map and each stage's.
+          return_dict: False returns a plain tuple of the fields that are not None.
+          train: drop blocks at random; needs `rngs={"drop_path": key}` when the rate is not 0.
+
+        Returns:
+          `last_hidden_state`, not normalised; `pooler_output` (batch, width) in at least f32;
+          `hidden_states`, the last of which is `last_hidden_state`.
+        """
+        output_hidden_states, return_dict = self._flags(output_hidden_states, return_dict)
+        x = ConvNextEmbeddings(**self.shared, name="embeddings")(self._enter(pixel_values))
+        maps = ConvNextEncoder(**self.shared, name="encoder")(x, train)
+
+        # In at least f32, like the norm: an epsilon of 1e-12 vanishes in bf16.
+        norm_dtype = jnp.promote_types(maps[-1].dtype, jnp.float32)
+        pooled = jnp.mean(maps[-1], axis=(1, 2), dtype=norm_dtype)
+        pooled = self._norm("layernorm", self.config.layer_norm_eps, norm_dtype)(pooled)
+
+        maps = self._leave(maps)
+        output = BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=maps[-1],
+            pooler_output=pooled,
+            hidden_states=maps if output_hidden_states else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+class ConvNextForImageClassification(ConvNextPreTrainedModel):
+    """The network with a linear head on the pooled features."""
+
+    @nn.compact
+    def __call__(
+        self,
+        pixel_values: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        train: bool = False,
+    ) -> ImageClassifierOutputWithNoAttention | tuple:
+        """Runs the network and, when labels are given, the loss.
+
+        Args:
+          pixel_values: as in `ConvNextModel`.
+          labels: what `config.problem_type` asks for: (batch,) ints for single-label
+            classification, -100 being ignored; (batch, num_labels) floats for multi-label
+            classification; (batch,) or (batch, num_labels) floats for regression. With no
+            problem_type it is inferred: one label is regression, ints are single-label.
+          output_hidden_states, return_dict, train: as in `ConvNextModel`.
+
+        Returns:
+          `loss`, a scalar, when labels are given; `logits` (batch, num_labels) in the compute
+          dtype; `hidden_states` when asked for.
+        """
+        output_hidden_states, return_dict = self._flags(output_hidden_states, return_dict)
+        network = ConvNextModel(**self.shared, data_format=self.data_format, name="convnext")
+        features = network(pixel_values, output_hidden_states, True, train)
+        logits = features.pooler_output
+        if self.config.num_labels > 0:
+            logits = self._dense(self.config.num_labels, "classifier")(logits)
+        output = ImageClassifierOutputWithNoAttention(
+            loss=None if labels is None else losses.classification_loss(
+                logits, jnp.asarray(labels), self.config
+            ),
+            logits=logits,
+            hidden_states=features.hidden_states,
+        )  # fmt: skip
+        return output if return_dict else output.to_tuple()
+
+
+class ConvNextBackbone(ConvNextPreTrainedModel):
+    """The network as a pyramid of maps for detection and segmentation.
+
+    Returns the stages in `config.out_features`, each through a LayerNorm of its own. There is no
+    final norm and no pooling.
+    """
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """All stages, from "stem"."""
+        return self.config.stage_names
+
+    @property
+    def out_features(self) -> tuple[str, ...]:
+        """Names of the stages that are returned."""
+        return self.config.out_features
+
+    @property
+    def out_indices(self) -> tuple[int, ...]:
+        """Their positions in `stage_names`."""
+        return self.config.out_indices
+
+    @property
+    def num_features(self) -> tuple[int, ...]:
+        """Width of every stage, the stem first."""
+        return (self.config.hidden_sizes[0], *self.config.hidden_sizes)
+
+    @property
+    def out_feature_channels(self) -> dict[str, int]:
+        """Width of every stage by its name."""
+        return dict(zip(self.stage_names, self.num_features, strict=True))
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Widths of the stages that are returned."""
+        return tuple(self.out_feature_channels[name] for name in self.out_features)
+
+    @nn.compact
+    def __call__(
+        self,
+        pixel_values: ArrayLike | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        train: bool = False,
+    ) -> BackboneOutput | tuple:
+        """Runs the network; arguments as in `ConvNextModel`.
+
+        Returns:
+          `feature_maps`, one (batch, channels, height, width) map for each of `out_features`, in
+          stage order; `hidden_states`, all maps before those norms, when asked for.
+        """
+        output_hidden_states, return_dict = self._flags(output_hidden_states, return_dict)
+        x = ConvNextEmbeddings(**self.shared, name="embeddings")(self._enter(pixel_values))
+        maps = ConvNextEncoder(**self.shared, name="encoder")(x, train)
+        feature_maps = tuple(
+            self._norm(f"hidden_states_norms_{name}")(x)
+            for name, x in zip(self.stage_names, maps, strict=True)
+            if name in self.out_features
+        )
+        output = BackboneOutput(
+            feature_maps=self._leave(feature_maps),
+            hidden_states=self._leave(maps) if output_hidden_states else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+def _check_map(what: str, x: jax.Array, patch_size: int | tuple[int, int]) -> None:
+    sides = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    if x.shape[1] < sides[0] or x.shape[2] < sides[1]:
+        raise InputError(
+            f"{what} is {x.shape[1]}x{x.shape[2]} and its patches are {sides[0]}x{sides[1]}: "
+            "give larger pictures or a configuration with fewer stages or smaller patches"
+        )

@@ -1,0 +1,26 @@
+"""Drop path (stochastic depth, Huang et al., arXiv:1603.09382) of whole samples."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def drop_path(x: jax.Array, rate: float, key: jax.Array, axis_name: str | None = None) -> jax.Array:
+    """Zeroes each sample of `x` with probability `rate` and scales the others by 1 / (1 - rate).
+
+    Args:
+      x: (batch, ...), any float dtype, which the result keeps.
+      rate: probability of dropping a sample, 0 <= rate < 1.
+      key: the PRNG key of this block and step; the same on every device.
+      axis_name: when `x` is one device's part of a batch split over this mapped axis, its name.
+        The mask is then drawn for the whole batch and each device takes its part, so that the
+        result does not depend on the number of devices.
+    """
+    local = x.shape[0]
+    count = local if axis_name is None else local * jax.lax.axis_size(axis_name)
+    keep = jax.random.bernoulli(key, 1.0 - rate, (count,))
+    if axis_name is not None:
+        keep = jax.lax.dynamic_slice_in_dim(keep, jax.lax.axis_index(axis_name) * local, local)
+    scale = jnp.where(keep, jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.asarray(0, x.dtype))
+    return x * scale.reshape((local,) + (1,) * (x.ndim - 1))
