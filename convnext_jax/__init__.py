@@ -5,6 +5,7 @@ from convnext_jax import ConvNextForImageClassification, ConvNextImageProcessor
 
 from convnext_jax.configuration import ConvNextConfig
 from convnext_jax.errors import InputError
+from convnext_jax.image.processor import ConvNextImageProcessor
 from convnext_jax.modeling import (
     ConvNextBackbone,
     ConvNextForImageClassification,
@@ -15,6 +16,7 @@ __all__ = [
     "ConvNextBackbone",
     "ConvNextConfig",
     "ConvNextForImageClassification",
+    "ConvNextImageProcessor",
     "ConvNextModel",
     "InputError",
 ]

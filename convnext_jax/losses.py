@@ -59,10 +59,13 @@ def classification_loss(logits: jax.Array, labels: jax.Array, config: ConvNextCo
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross entropy of (batch, classes) logits over the (batch,) labels that are not -100."""
-    counted = labels != IGNORE_INDEX
+    """Mean cross entropy of (batch, classes) logits over the (batch,) labels that are not -100.
+
+    A label that names no class gives NaN, as no error can be raised under `jax.jit`.
+    """
     log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(
-        log_probabilities, jnp.where(counted, labels, 0)[:, None], axis=-1
-    )[:, 0]
+    chosen = jnp.take_along_axis(log_probabilities, labels[:, None], axis=-1)[:, 0]
+    # An index above the range has given NaN by now; one below it counts from the end.
+    chosen = jnp.where(labels < 0, jnp.nan, chosen)
+    counted = labels != IGNORE_INDEX
     return -jnp.sum(jnp.where(counted, chosen, 0)) / jnp.sum(counted)

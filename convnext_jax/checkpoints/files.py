@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,13 +78,8 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes the file under another name first, so that a failure leaves an older one whole."""
+    """Writes arrays by name, in their own dtypes."""
     from safetensors.numpy import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        # transformers refuses a file that does not say which framework's layout it has.
-        save_file(dict(arrays), partial, metadata={"format": "pt"})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # transformers refuses a file that does not say which framework's layout it has.
+    save_file(dict(arrays), path, metadata={"format": "pt"})

@@ -7,7 +7,9 @@ The parameter tree mirrors Hugging Face's state dict, so a key follows from a pa
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +22,7 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from convnext_jax.checkpoints import files
-from convnext_jax.configuration import ConvNextConfig
+from convnext_jax.configuration import CONFIG_NAME, ConvNextConfig
 from convnext_jax.errors import InputError
 
 WEIGHTS_NAME = "model.safetensors"
@@ -132,10 +134,18 @@ def save(model: Any, folder: str | Path, variables: Mapping[str, Any]) -> None:
     dtype = str(next(iter(state.values())).dtype)
     # Checked before anything is written: a folder that cannot be loaded again helps nobody.
     load_state_dict(model, state, "what is being saved")
-    folder = Path(folder)
     config = model.config.replace(architectures=(type(model).__name__,), torch_dtype=dtype)
-    config.save_pretrained(folder)
-    files.write_safetensors(folder / WEIGHTS_NAME, state)
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made a folder: {error.strerror}") from error
+    # Both files are whole before either replaces an older one, which a failure leaves as it was.
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+        config.save_pretrained(partial)
+        files.write_safetensors(Path(partial, WEIGHTS_NAME), state)
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            os.replace(Path(partial, name), folder / name)
 
 
 def _with_prefix_of(keys: set[str], state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,0 +1,128 @@
+"""The command `convnext-jax`.
+
+    convnext-jax classify MODEL IMAGE [IMAGE ...] [--json] [--top 5]
+
+MODEL is a folder or a hub name. What the user got wrong is one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from convnext_jax.errors import InputError
+
+# Pictures of one call of the network: one program serves any number of them.
+BATCH = 8
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; the exit status."""
+    parser = argparse.ArgumentParser(prog="convnext-jax", description="ConvNeXt in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    classify_parser = commands.add_parser(
+        "classify", help="name what is in pictures", description="Names what is in pictures."
+    )
+    classify_parser.add_argument("model", metavar="MODEL", help="a model's folder, or a hub name")
+    classify_parser.add_argument("images", metavar="IMAGE", nargs="+", help="picture files")
+    classify_parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    classify_parser.add_argument(
+        "--top", type=_positive, default=5, metavar="K", help="classes a picture (default 5)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        classify_command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (InputError, OSError) as error:
+        print(f"convnext-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def classify_command(options: argparse.Namespace) -> None:
+    """Prints the most probable classes of each picture."""
+    results = classify(options.model, options.images, options.top)
+    if options.json:
+        print(json.dumps(list(results), indent=2, ensure_ascii=False))
+        return
+    for result in results:
+        print(result["image"])
+        for prediction in result["predictions"]:
+            print(f"  {prediction['probability']:7.2%}  {prediction['label']}")
+
+
+def classify(model_name: str, paths: Sequence[str], top: int = 5) -> Iterator[dict[str, Any]]:
+    """The most probable classes of each picture, as it is ready.
+
+    Args:
+      model_name: a folder with config.json, model.safetensors and preprocessor_config.json, or a
+        hub name.
+      paths: picture files.
+      top: classes for each picture, at most as many as the model has.
+
+    Yields:
+      {"image": path, "predictions": [{"label", "index", "probability"}, ...]}, best first.
+
+    Raises:
+      InputError: for a model or a picture that cannot be read.
+    """
+    import jax
+    import numpy as np
+
+    from convnext_jax.image import ConvNextImageProcessor
+    from convnext_jax.image.decode import read_image
+    from convnext_jax.modeling import ConvNextForImageClassification
+
+    absent = [path for path in paths if not Path(path).is_file()]
+    if absent:
+        raise InputError(f"{absent[0]} is not there: give the path of a picture file")
+    processor = ConvNextImageProcessor.from_pretrained(model_name)
+    model, variables = ConvNextForImageClassification.from_pretrained(model_name)
+    names = model.config.id2label
+    if not names:
+        raise InputError(f"{model_name} has no classes: it is a network without a head")
+
+    @jax.jit
+    def top_classes(variables: dict, pixel_values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = model.apply(variables, pixel_values).logits
+        return jax.lax.top_k(jax.nn.softmax(logits), min(top, logits.shape[-1]))
+
+    batch_size = min(BATCH, len(paths))
+    for start in range(0, len(paths), batch_size):
+        part = paths[start : start + batch_size]
+        images = [read_image(Path(path)) for path in part]
+        pixels = processor(images, return_tensors="np")["pixel_values"]
+        filling = np.zeros((batch_size - len(part), *pixels.shape[1:]), pixels.dtype)
+        probabilities, indices = jax.device_get(
+            top_classes(variables, np.concatenate([pixels, filling]))
+        )
+        for path, row, columns in zip(part, probabilities, indices, strict=False):
+            predictions = [
+                {
+                    "label": names.get(int(index), f"class {index}"),
+                    "index": int(index),
+                    "probability": round(float(probability), 6),
+                }
+                for probability, index in zip(row, columns, strict=True)
+            ]
+            yield {"image": path, "predictions": predictions}
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("give a whole number of at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,409 @@
+"""Data sets as random-access sources: pictures in memory, folders of pictures, idx files.
+
+A source answers `source[i]` with one decoded example and knows its labels without decoding
+anything. Other storage (tar shards, ArrayRecord) joins by implementing `Source` and adding its
+function to `DATASETS`.
+"""
+
+import gzip
+import hashlib
+import inspect
+import os
+import struct
+import unicodedata
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypedDict
+
+import numpy as np
+
+from convnext_jax.errors import InputError
+from convnext_jax.image.decode import read_image
+
+# Fixed here, not asked of Pillow: what an installation can decode differs between machines, and
+# the list of files, and with it the split, must not.
+# fmt: off
+IMAGE_SUFFIXES = frozenset((
+    ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+    ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+))
+# fmt: on
+
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+
+class Example(TypedDict):
+    """One example: `image` uint8 [H, W, 3] RGB, its class index, and its index in the source."""
+
+    image: np.ndarray
+    label: int
+    id: int
+
+
+class Source(Protocol):
+    """Random access to the examples of one split; also grain's `RandomAccessDataSource`.
+
+    Attributes:
+      labels: int32 [N], the class index of every example.
+    """
+
+    labels: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example:
+        """Decodes example `index`; raises `InputError` naming it if that is impossible."""
+        ...
+
+    def example_name(self, index: int) -> str:
+        """What a person would call example `index`: a path, or a place such as `digits/123`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training split, a held-out split, and the names of the classes both are labelled with."""
+
+    train: Source
+    val: Source
+    class_names: tuple[str, ...]
+
+
+class ArraySource:
+    """Pictures held in memory.
+
+    Args:
+      name: prefix of the example names.
+      images: uint8, [N, H, W, 3] RGB or [N, H, W] grey.
+      labels: integers [N].
+      numbers: [N] the number each example goes by in its original collection (default 0..N-1).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        images: np.ndarray,
+        labels: np.ndarray,
+        numbers: np.ndarray | None = None,
+    ):
+        self.name = name
+        self.images = images
+        self.labels = labels.astype(np.int32)
+        self.numbers = np.arange(len(images)) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        image = self.images[index]
+        if image.ndim == 2:
+            image = np.repeat(image[:, :, None], 3, axis=2)
+        return {"image": image, "label": int(self.labels[index]), "id": index}
+
+    def example_name(self, index: int) -> str:
+        return f"{self.name}/{self.numbers[index]}"
+
+
+class FolderSource:
+    """Picture files, decoded when asked for.
+
+    Args:
+      root: folder the paths start from.
+      paths: relative paths of the pictures, `/`-separated.
+      labels: integers [N].
+    """
+
+    def __init__(self, root: Path, paths: Sequence[str], labels: np.ndarray):
+        self.root = root
+        self.paths = tuple(paths)
+        self.labels = labels.astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Example:
+        image = read_image(self.root / self.paths[index])
+        return {"image": image, "label": int(self.labels[index]), "id": index}
+
+    def example_name(self, index: int) -> str:
+        return str(self.root / self.paths[index])
+
+
+def load(name: str, **arguments: object) -> Dataset:
+    """The data set `name` of `DATASETS`, called with `arguments`.
+
+    Raises:
+      InputError: no such name, or arguments that data set does not take or lacks.
+    """
+    if name not in DATASETS:
+        raise InputError(f"no data set is called {name!r}; there are: {', '.join(DATASETS)}")
+    function = DATASETS[name]
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        takes = ", ".join(str(p) for p in inspect.signature(function).parameters.values())
+        raise InputError(f"data set {name!r}: {error}; it takes ({takes})") from None
+    return function(**arguments)
+
+
+def digits(test_fraction: float = 0.2, split_seed: int = 0) -> Dataset:
+    """The 1,797 handwritten digits that scikit-learn carries, 8×8 grey, values 0..16 made 0..255.
+
+    They are the test part of the UCI "Optical Recognition of Handwritten Digits" data set.
+    `val` is the stratified `test_fraction` of them that `split_seed` draws.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    labels = bunch.target
+    held_out = stratified_split(
+        labels, [str(i) for i in range(len(labels))], test_fraction, split_seed
+    )
+
+    def part(mask: np.ndarray) -> ArraySource:
+        return ArraySource("digits", images[mask], labels[mask], np.flatnonzero(mask))
+
+    return Dataset(part(~held_out), part(held_out), tuple(str(d) for d in range(10)))
+
+
+def fashion_mnist(folder: str | os.PathLike[str]) -> Dataset:
+    """Fashion-MNIST from its four official idx files: 60,000 and 10,000 grey pictures of 28×28.
+
+    `folder` holds `train-images-idx3-ubyte`, `train-labels-idx1-ubyte`, `t10k-images-idx3-ubyte`
+    and `t10k-labels-idx1-ubyte`, each as it is or with the suffix `.gz`. `val` is the t10k part.
+
+    Raises:
+      InputError: the folder or a file is missing, damaged, or does not fit the others.
+    """
+    root = _existing_folder(folder)
+
+    def part(stem: str, name: str) -> ArraySource:
+        images, images_path = _read_idx(root, f"{stem}-images-idx3-ubyte", dimensions=3)
+        labels, labels_path = _read_idx(root, f"{stem}-labels-idx1-ubyte", dimensions=1)
+        if len(images) != len(labels):
+            raise InputError(
+                f"{labels_path} has {len(labels)} labels for the {len(images)} pictures of"
+                f" {images_path.name}: the two are not of one data set; download both again"
+            )
+        if labels.max(initial=0) >= len(FASHION_MNIST_CLASSES):
+            raise InputError(
+                f"{labels_path} holds the label {labels.max()}, but Fashion-MNIST has"
+                f" {len(FASHION_MNIST_CLASSES)} classes; give the folder of the official files"
+            )
+        return ArraySource(f"fashion-mnist/{name}", images, labels)
+
+    return Dataset(part("train", "train"), part("t10k", "t10k"), FASHION_MNIST_CLASSES)
+
+
+def image_folder(
+    folder: str | os.PathLike[str], val_fraction: float = 0.2, split_seed: int = 0
+) -> Dataset:
+    """Any tree of pictures sorted into one folder a class.
+
+    Either `folder/train/<class>/…` and `folder/val/<class>/…`, or `folder/<class>/…`, of which
+    the stratified `val_fraction` that `split_seed` draws becomes `val`; that choice depends on
+    the names of the files alone. Classes are numbered in the order of their names. Below a class
+    folder, files with a suffix of `IMAGE_SUFFIXES` count, in subfolders too; hidden ones do not.
+
+    Raises:
+      InputError: folder missing, no class folders, a class folder without pictures, a class in
+        val that train lacks. (A damaged picture raises when it is read.)
+    """
+    root = _existing_folder(folder)
+    train_root, val_root = root / "train", root / "val"
+    if train_root.is_dir() and val_root.is_dir():
+        train, val = _scan_classes(train_root), _scan_classes(val_root)
+        unknown = sorted(set(val) - set(train))
+        if unknown:
+            raise InputError(
+                f"{val_root / unknown[0]}: the class {unknown[0]!r} is in val but not in train;"
+                f" add {train_root / unknown[0]} or remove it from val"
+            )
+        class_names = tuple(train)
+        number = {name: i for i, name in enumerate(class_names)}
+        return Dataset(
+            _folder_source(train_root, train, number),
+            _folder_source(val_root, val, number),
+            class_names,
+        )
+
+    if train_root.is_dir() and not _pictures_below(train_root, recursive=False):
+        raise InputError(
+            f"{root} has a train folder but no val folder; add {val_root}, or give {train_root}"
+            " to have it split"
+        )
+    classes = _scan_classes(root)
+    class_names = tuple(classes)
+    everything = _folder_source(root, classes, {name: i for i, name in enumerate(class_names)})
+    keys = [unicodedata.normalize("NFC", path) for path in everything.paths]
+    held_out = stratified_split(everything.labels, keys, val_fraction, split_seed)
+
+    def part(mask: np.ndarray) -> FolderSource:
+        paths = [everything.paths[i] for i in np.flatnonzero(mask)]
+        return FolderSource(root, paths, everything.labels[mask])
+
+    return Dataset(part(~held_out), part(held_out), class_names)
+
+
+DATASETS: dict[str, Callable[..., Dataset]] = {
+    "digits": digits,
+    "fashion_mnist": fashion_mnist,
+    "image_folder": image_folder,
+}
+
+
+def stratified_split(
+    labels: np.ndarray, keys: Sequence[str], fraction: float, seed: int
+) -> np.ndarray:
+    """Holds out `fraction` of the examples, the same share of every class to within one example.
+
+    Each class is ordered by a SHA-256 of seed and key, and its first examples are held out, so the
+    result is a function of the arguments alone: not of the order of the examples, the machine, or
+    the version of a random number generator. Every class keeps at least one training example.
+
+    Args:
+      labels: integers [N].
+      keys: N distinct strings that identify the examples.
+      fraction: share to hold out, above 0 and below 1.
+      seed: which of the possible splits.
+
+    Returns:
+      bool [N], True where the example is held out.
+
+    Raises:
+      InputError: a fraction outside (0, 1), or one that holds out nothing.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"the held-out fraction must be above 0 and below 1, not {fraction}")
+    counts = np.bincount(labels)
+    quotas = counts * fraction
+    take = np.floor(quotas).astype(int)
+    missing = round(len(labels) * fraction) - int(take.sum())
+    # The classes that rounding down cut most get the examples that are still missing.
+    for label in np.argsort(take - quotas, kind="stable")[:missing]:
+        take[label] += 1
+    take = np.clip(take, 0, np.maximum(counts - 1, 0))
+    if take.sum() == 0:
+        raise InputError(
+            f"{len(labels)} examples are too few to hold out a fraction of {fraction};"
+            " add examples or raise the fraction"
+        )
+
+    def rank(index: int) -> bytes:
+        return hashlib.sha256(f"{seed}/{keys[index]}".encode("utf-8", "surrogateescape")).digest()
+
+    held_out = np.zeros(len(labels), bool)
+    for label, number in enumerate(take):
+        members = sorted(np.flatnonzero(labels == label), key=rank)
+        held_out[members[:number]] = True
+    return held_out
+
+
+def _existing_folder(folder: str | os.PathLike[str]) -> Path:
+    root = Path(folder).expanduser()
+    if not root.exists():
+        raise InputError(f"{root}: no such folder; check the path of the data")
+    if not root.is_dir():
+        raise InputError(f"{root} is not a folder; give the folder that holds the data")
+    return root
+
+
+def _scan_classes(root: Path) -> dict[str, list[str]]:
+    """{class name: its pictures relative to root}, both in the order of their names."""
+    try:
+        folders = [entry for entry in os.scandir(root) if entry.is_dir()]
+    except OSError as error:
+        raise InputError(f"{root}: cannot be listed ({error.strerror}); check its rights") from None
+    folders = sorted(
+        (f for f in folders if not f.name.startswith(".")), key=lambda f: _order(f.name)
+    )
+    if not folders:
+        raise InputError(
+            f"{root} has no class folders; put the pictures of each class into a folder of its own"
+        )
+    classes: dict[str, list[str]] = {}
+    for class_folder in folders:
+        pictures = _pictures_below(Path(class_folder.path))
+        if not pictures:
+            raise InputError(
+                f"{class_folder.path}: the class folder holds no pictures; add some"
+                f" ({', '.join(sorted(IMAGE_SUFFIXES))}) or remove the folder"
+            )
+        # macOS may hand out the decomposed form of the name that Linux has composed.
+        name = unicodedata.normalize("NFC", class_folder.name)
+        classes[name] = [f"{class_folder.name}/{picture}" for picture in pictures]
+    return classes
+
+
+def _pictures_below(folder: Path, recursive: bool = True) -> list[str]:
+    """Paths of the pictures below a folder, relative to it, `/`-separated, in order of name."""
+    pictures = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                pictures.append((Path(parent) / name).relative_to(folder).as_posix())
+    return sorted(pictures, key=_order)
+
+
+def _order(name: str) -> tuple[str, str]:
+    return unicodedata.normalize("NFC", name), name
+
+
+def _folder_source(
+    root: Path, classes: dict[str, list[str]], number: dict[str, int]
+) -> FolderSource:
+    paths = [path for pictures in classes.values() for path in pictures]
+    labels = np.repeat([number[name] for name in classes], [len(p) for p in classes.values()])
+    return FolderSource(root, paths, labels)
+
+
+def _read_idx(root: Path, name: str, dimensions: int) -> tuple[np.ndarray, Path]:
+    """Reads an idx file of unsigned bytes, gzipped or not: (array, the path it came from).
+
+    Format: http://yann.lecun.com/exdb/mnist (two zero bytes, a type byte that is 8 for unsigned
+    bytes, the number of dimensions, each dimension as a big-endian uint32, the bytes).
+    """
+    path = next((p for p in (root / f"{name}.gz", root / name) if p.is_file()), None)
+    if path is None:
+        raise InputError(f"{root} lacks {name}.gz; download the four files of the data set into it")
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(
+            f"{path}: cannot be read, damaged or cut off ({error}); download it again"
+        ) from None
+
+    header = 4 + 4 * dimensions
+    magic = bytes((0, 0, 8, dimensions))
+    if content[:4] != magic:
+        raise InputError(
+            f"{path} is not an idx file of {dimensions}-dimensional bytes: it starts with"
+            f" {content[:4].hex() or 'nothing'} instead of {magic.hex()}; download it again"
+        )
+    if len(content) < header:
+        raise InputError(f"{path}: cut off within its header; download it again")
+    shape = struct.unpack(f">{dimensions}I", content[4:header])
+    expected = int(np.prod(shape, dtype=object))
+    if len(content) - header != expected or expected == 0:
+        raise InputError(
+            f"{path}: {len(content) - header} bytes of data where its header promises {expected}"
+            f" ({'×'.join(map(str, shape))}); download it again"
+        )
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape), path

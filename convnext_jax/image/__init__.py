@@ -1,0 +1,29 @@
+"""Pictures: decoding, resizing, the image processor, augmentation. Knows nothing of models."""
+
+from convnext_jax.image.augment import normalize, random_flip, sample_crop
+from convnext_jax.image.decode import read_image, to_rgb
+from convnext_jax.image.processor import BatchFeature, ConvNextImageProcessor
+from convnext_jax.image.resample import (
+    ResizePlan,
+    Taps,
+    apply_plan,
+    pack,
+    plan_resize,
+    resize,
+)
+
+__all__ = [
+    "BatchFeature",
+    "ConvNextImageProcessor",
+    "ResizePlan",
+    "Taps",
+    "apply_plan",
+    "normalize",
+    "pack",
+    "plan_resize",
+    "random_flip",
+    "read_image",
+    "resize",
+    "sample_crop",
+    "to_rgb",
+]

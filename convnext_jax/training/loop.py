@@ -1,0 +1,350 @@
+"""A whole run: from a configuration to a folder with metrics, checkpoints, pictures and a model.
+
+The order of what happens at a step is a contract:
+
+1. take the next batch, 2. start the step on the devices, 3. write the metrics of the step before
+(so that the devices never wait for the host), 4. evaluate when it is time, 5. save when it is time.
+A checkpoint is thus the state and the data's position after the same batch, and everything written
+about the steps up to it is on disk. What was written about later steps is dropped on resuming.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict, FrozenConfigDict
+from PIL import Image
+from tqdm import tqdm
+
+from convnext_jax.configuration import ConvNextConfig
+from convnext_jax.data import pipeline, sources
+from convnext_jax.errors import InputError
+from convnext_jax.image import ConvNextImageProcessor
+from convnext_jax.modeling import ConvNextForImageClassification
+from convnext_jax.training import checkpointing, recipe, report
+from convnext_jax.training.evaluation import Evaluation, evaluate, split
+from convnext_jax.training.metrics import METRICS_NAME, MetricsWriter, read_rows
+from convnext_jax.training.step import TrainState, eval_step, init_state, train_step
+
+AXIS = "batch"
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+    """Trains, or continues the run that `workdir` holds, and writes its results there.
+
+    Args:
+      config: see `convnext_jax.training.config.default_config`.
+      workdir: the run's folder; made when it does not exist.
+
+    Returns:
+      The final metrics, as in `metrics.json`.
+
+    Raises:
+      InputError: for settings or data that cannot be used.
+      FloatingPointError: when the loss is no longer finite.
+    """
+    config, workdir = FrozenConfigDict(config), Path(workdir)
+    dataset = sources.load(**config.data)
+    model = build_model(config, dataset.class_names)
+    plan = Plan(config, len(dataset.train))
+
+    devices = jax.local_devices()
+    replicated = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
+    schedule = recipe.warmup_cosine(
+        config.learning_rate, plan.warmup_steps, plan.total_steps, config.min_learning_rate
+    )
+    optimizer = recipe.adamw(
+        schedule, config.weight_decay, tuple(config.adam_betas), config.adam_eps,
+        config.gradient_clip,
+    )  # fmt: skip
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    # Placed on all devices from the start: otherwise the second step would compile again.
+    state = jax.device_put(
+        init_state(model, optimizer, init_key, with_average=config.ema_decay > 0), replicated
+    )
+    step_key = jax.device_put(step_key, replicated)
+    p_train_step = jax.pmap(
+        functools.partial(train_step, model=model, optimizer=optimizer, config=config),
+        axis_name=AXIS,
+        in_axes=(None, 0, None),
+        out_axes=(None, None),
+        donate_argnums=(0,),
+    )
+    p_eval_step = jax.pmap(
+        functools.partial(eval_step, model=model, config=config),
+        axis_name=AXIS,
+        in_axes=(None, 0),
+        out_axes=(None, 0),
+    )
+    _open_workdir(workdir, config)
+    _print_plan(config, plan, dataset, state, workdir)
+
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(
+            checkpointing.manager(workdir / "checkpoints", config.keep_checkpoints)
+        )
+        batches = stack.enter_context(
+            contextlib.closing(
+                pipeline.train_batches(
+                    dataset.train,
+                    batch_size=config.batch_size,
+                    image_size=config.image_size,
+                    seed=config.seed,
+                    crop_scale=tuple(config.crop_scale),
+                    crop_ratio=tuple(config.crop_ratio),
+                    num_threads=config.loader_threads,
+                )
+            )
+        )
+        restored = checkpointing.restore(checkpoints, state)
+        if restored is not None:
+            state, position = restored
+            batches.set_state(position)
+            print(f"resumed from step {int(state.step)}")
+        start = int(state.step)
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
+        bar = stack.enter_context(
+            tqdm(total=plan.total_steps, initial=start, unit="step", disable=None)
+        )
+
+        def run_evaluation(state: TrainState) -> dict[str, Evaluation]:
+            weights = {"val": state.params}
+            if state.average is not None:
+                weights["val_ema"] = state.average
+            examples = pipeline.eval_batches(
+                dataset.val,
+                batch_size=plan.eval_batch_size,
+                image_size=config.image_size,
+                crop_pct=config.crop_pct,
+            )
+            return evaluate(p_eval_step, weights, examples, len(devices))
+
+        def write_step(step: int, metrics: dict[str, jax.Array]) -> None:
+            """Metrics of a step that the devices may still be at; waits for it."""
+            if step % config.log_every_steps and step != plan.total_steps:
+                return
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {values['loss']} at step {step}: lower learning_rate, or set "
+                    f"gradient_clip; checkpoints up to then are in {workdir / 'checkpoints'}"
+                )
+            values["learning_rate"] = float(schedule(step - 1))
+            writer.write(step, {f"train/{name}": value for name, value in values.items()})
+            bar.set_postfix(loss=f"{values['loss']:.3f}", top1=f"{values['top1']:.3f}")
+
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        last_evaluation: dict[str, Evaluation] | None = None
+        tick_step, tick = start, time.perf_counter()
+        for step in range(start + 1, plan.total_steps + 1):
+            batch = next(batches)
+            if config.log_example_ids:
+                writer.write_examples(step, batch["id"].tolist())
+            state, metrics = p_train_step(state, split(batch, len(devices)), step_key)
+            if pending is not None:
+                write_step(*pending)
+            pending = step, metrics
+
+            last = step == plan.total_steps
+            evaluation_due = last or step % plan.eval_every == 0
+            save_due = last or step % plan.checkpoint_every == 0
+            if evaluation_due or save_due:
+                write_step(*pending)
+                pending = None
+            if evaluation_due:
+                jax.block_until_ready(state.params)
+                seconds = time.perf_counter() - tick
+                rate = (step - tick_step) * config.batch_size / seconds
+                writer.write_timing(step, {"seconds": seconds, "examples_per_second": rate})
+                last_evaluation = run_evaluation(state)
+                values = {
+                    f"{name}/{metric}": value
+                    for name, evaluation in last_evaluation.items()
+                    for metric, value in evaluation.metrics.items()
+                }
+                writer.write(step, values)
+                bar.write(_evaluation_line(step, plan, values, rate))
+                tick_step, tick = step, time.perf_counter()
+            if save_due:
+                checkpointing.save(checkpoints, state, batches.get_state())
+            bar.update()
+
+        if last_evaluation is None:  # the run had already ended; its results are written again
+            last_evaluation = run_evaluation(state)
+        checkpoints.wait_until_finished()
+
+    exported = "val_ema" if state.average is not None else "val"
+    weights = state.params if state.average is None else state.average
+    return _write_results(
+        config, workdir, model, dataset, weights, last_evaluation, exported, plan.total_steps
+    )
+
+
+class Plan:
+    """Epochs in steps: what follows from the settings and the number of examples."""
+
+    def __init__(self, config: FrozenConfigDict, examples: int):
+        devices = jax.local_device_count()
+        self.eval_batch_size = config.eval_batch_size or config.batch_size
+        for name, size in {
+            "batch_size": config.batch_size,
+            "eval_batch_size": self.eval_batch_size,
+        }.items():
+            if size < 1 or size % devices:
+                raise InputError(f"{name} is {size}: give a multiple of the {devices} device(s)")
+        if config.batch_size > examples:
+            raise InputError(
+                f"batch_size is {config.batch_size} and there are {examples} training examples: "
+                "give a smaller batch_size"
+            )
+        self.steps_per_epoch = examples // config.batch_size
+        self.total_steps = self._steps(config.epochs)
+        self.warmup_steps = int(config.warmup_epochs * self.steps_per_epoch)
+        self.eval_every = self._steps(config.eval_every_epochs)
+        self.checkpoint_every = self._steps(config.checkpoint_every_epochs)
+        if self.warmup_steps >= self.total_steps:
+            raise InputError(
+                f"warmup_epochs is {config.warmup_epochs} of {config.epochs} epochs in all: "
+                "give fewer"
+            )
+
+    def _steps(self, epochs: float) -> int:
+        return max(1, int(epochs * self.steps_per_epoch))
+
+
+def build_model(
+    config: FrozenConfigDict, class_names: tuple[str, ...]
+) -> ConvNextForImageClassification:
+    """The network of a run, NHWC, over the axis of `jax.pmap`."""
+    if config.dtype not in DTYPES:
+        raise InputError(f"dtype is {config.dtype!r}: choose from {', '.join(DTYPES)}")
+    model_config = ConvNextConfig(
+        num_stages=len(config.model.depths),
+        image_size=config.image_size,
+        id2label=dict(enumerate(class_names)),
+        **config.model,
+    )
+    return ConvNextForImageClassification(
+        model_config, dtype=DTYPES[config.dtype], data_format="channels_last", axis_name=AXIS
+    )
+
+
+def _open_workdir(workdir: Path, config: FrozenConfigDict) -> None:
+    """Writes config.json; a folder with another configuration is not touched."""
+    path = workdir / "config.json"
+    text = config.to_json_best_effort(indent=2)
+    if path.exists():
+        ours, theirs = json.loads(text), json.loads(path.read_text(encoding="utf-8"))
+        changed = sorted(_differences(ours, theirs))
+        if changed:
+            raise InputError(
+                f"{workdir} holds a run with other settings ({', '.join(changed)}): "
+                "give another --workdir, or the same settings to continue it"
+            )
+        return
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise InputError(f"{workdir} exists and is not the folder of a run: give another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        return [] if ours == theirs else [prefix]
+    return [
+        difference
+        for key in {**ours, **theirs}
+        for difference in _differences(
+            ours.get(key), theirs.get(key), f"{prefix}.{key}" if prefix else key
+        )
+    ]
+
+
+def _print_plan(
+    config: FrozenConfigDict, plan: Plan, dataset: sources.Dataset, state: TrainState, workdir: Path
+) -> None:
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    device = jax.local_devices()[0]
+    horizon = f"{1 / (1 - config.ema_decay):.0f} steps" if config.ema_decay > 0 else "off"
+    rows = {
+        "run": workdir,
+        "data": f"{config.data.name}: {len(dataset.train):,} to train on, {len(dataset.val):,} to "
+        f"evaluate, {len(dataset.class_names)} classes",
+        "network": f"{parameters:,} parameters, {config.image_size} px, {config.dtype}",
+        "devices": f"{jax.local_device_count()} x {device.device_kind}",
+        "batch": f"{config.batch_size}, so {plan.steps_per_epoch:,} steps an epoch",
+        "steps": f"{plan.total_steps:,}, of which warm-up {plan.warmup_steps:,}; "
+        f"{plan.total_steps * config.batch_size:,} examples seen",
+        "EMA horizon": horizon,
+    }
+    print("\n".join(f"{name:>12}  {value}" for name, value in rows.items()), flush=True)
+
+
+def _evaluation_line(step: int, plan: Plan, values: dict[str, float], rate: float) -> str:
+    parts = [f"step {step:>{len(str(plan.total_steps))}}/{plan.total_steps}"]
+    parts.append(f"loss {values['val/loss']:.4f}")
+    parts.append(f"top-1 {values['val/top1']:.2%}")
+    if "val_ema/top1" in values:
+        parts.append(f"EMA top-1 {values['val_ema/top1']:.2%}")
+    parts.append(f"{rate:,.0f} examples/s")
+    return "  ".join(parts)
+
+
+def _write_results(
+    config: FrozenConfigDict,
+    workdir: Path,
+    model: ConvNextForImageClassification,
+    dataset: sources.Dataset,
+    weights: Any,
+    evaluations: dict[str, Evaluation],
+    exported: str,
+    steps: int,
+) -> dict[str, float]:
+    """Pictures, final metrics, the exported model and some examples to try it on."""
+    report.plot_curves(read_rows(workdir / METRICS_NAME), workdir / "curves.png")
+    matrix = evaluations[exported].confusion_matrix(len(dataset.class_names))
+    report.plot_confusion_matrix(matrix, dataset.class_names, workdir / "confusion_matrix.png")
+    np.savetxt(workdir / "confusion_matrix.csv", matrix, fmt="%d", delimiter=",")
+
+    model = model.clone(data_format="channels_first", axis_name=None, dtype=None)
+    model.save_pretrained(workdir / "model", {"params": weights})
+    image_processor(config).save_pretrained(workdir / "model")
+
+    examples = workdir / "examples"
+    examples.mkdir(exist_ok=True)
+    for label, name in enumerate(dataset.class_names[:10]):
+        example = dataset.val[int(np.flatnonzero(dataset.val.labels == label)[0])]
+        file = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+        Image.fromarray(example["image"]).save(examples / f"{file}.png")
+
+    final: dict[str, Any] = {"steps": steps, "examples": len(dataset.val), "exported": exported}
+    for name, evaluation in evaluations.items():
+        final |= {f"{name}/{metric}": value for metric, value in evaluation.metrics.items()}
+    (workdir / "metrics.json").write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")
+    print(
+        f"top-1 {final[f'{exported}/top1']:.2%} on {len(dataset.val):,} held-out examples; "
+        f"model in {workdir / 'model'}, curves.png and confusion_matrix.png beside it"
+    )
+    return final
+
+
+def image_processor(config: FrozenConfigDict) -> ConvNextImageProcessor:
+    """The preprocessing that this run evaluated with, for `preprocessor_config.json`."""
+    return ConvNextImageProcessor(
+        size={"shortest_edge": config.image_size},
+        crop_pct=config.crop_pct,
+        resample=Image.Resampling.BICUBIC,
+        image_mean=list(config.mean),
+        image_std=list(config.std),
+    )

@@ -1,0 +1,343 @@
+"""Batches: every example where it belongs, the same after a resume and over any processes."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+import grain
+import numpy as np
+import pytest
+from PIL import Image
+
+from convnext_jax.data import pipeline
+from convnext_jax.data.sources import ArraySource
+from convnext_jax.errors import InputError
+from convnext_jax.image import ConvNextImageProcessor
+
+SIZE = 8
+
+
+def toy(examples: int, height: int = 12, width: int = 16) -> ArraySource:
+    """Noise pictures, so that every crop of every picture is different."""
+    rng = np.random.default_rng(examples)
+    images = rng.integers(0, 256, (examples, height, width, 3), np.uint8)
+    return ArraySource("toy", images, rng.integers(0, 5, examples))
+
+
+def batches(source: ArraySource, number: int, **arguments: object) -> list[dict[str, np.ndarray]]:
+    arguments = {"batch_size": 4, "image_size": SIZE, "seed": 0, "num_threads": 2} | arguments
+    with closing(pipeline.train_batches(source, **arguments)) as iterator:
+        return list(islice(iterator, number))
+
+
+def ids(rows: list[dict[str, np.ndarray]]) -> list[int]:
+    return np.concatenate([batch["id"] for batch in rows]).tolist()
+
+
+def assert_same(actual: list[dict[str, np.ndarray]], expected: list[dict[str, np.ndarray]]) -> None:
+    assert len(actual) == len(expected)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert got.keys() == wanted.keys()
+        for key in wanted:
+            assert np.array_equal(got[key], wanted[key]), key
+
+
+# --- training ---
+
+
+def test_train_batch_contents():
+    source = toy(10)
+    (batch,) = batches(source, 1)
+    assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
+        "image": ((4, SIZE, SIZE, 3), np.uint8),
+        "label": ((4,), np.int32),
+        "id": ((4,), np.int32),
+    }
+    assert batch["label"].tolist() == source.labels[batch["id"]].tolist()
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(10, 4), (7, 7), (3, 8), (1, 2), (97, 5)])
+def test_every_example_exactly_once_an_epoch(examples: int, batch_size: int):
+    epochs = 5
+    number = -(-epochs * examples // batch_size)
+    stream = ids(batches(toy(examples), number, batch_size=batch_size))
+    orders = [stream[e * examples : (e + 1) * examples] for e in range(epochs)]
+    for order in orders:
+        assert sorted(order) == list(range(examples))
+    if examples > 5:
+        assert len(set(map(tuple, orders))) == epochs, "an epoch repeats the order of another"
+
+
+def test_seeds_give_unrelated_orders_and_crops():
+    source = toy(50)
+    streams = {seed: ids(batches(source, 50, seed=seed)) for seed in range(4)}
+    epochs = [tuple(stream[e * 50 : (e + 1) * 50]) for stream in streams.values() for e in range(4)]
+    assert len(set(epochs)) == 16, "an epoch of one seed is an epoch of another"
+    first, second = (batches(toy(1), 1, seed=seed)[0]["image"] for seed in (0, 1))
+    assert not np.array_equal(first, second)
+
+
+def test_every_visit_of_an_example_is_cropped_anew():
+    crops = [b["image"][i].tobytes() for b in batches(toy(1), 10) for i in range(4)]
+    assert len(set(crops)) > 35
+
+
+def test_batches_do_not_depend_on_the_threads():
+    source = toy(30)
+    expected = batches(source, 20, num_threads=0)
+    for num_threads in (1, 5):
+        assert_same(batches(source, 20, num_threads=num_threads), expected)
+
+
+@pytest.mark.parametrize("process_count", [2, 3, 6])
+def test_processes_share_the_batches_of_one(process_count: int):
+    source = toy(25)
+    whole = batches(source, 11, batch_size=12)
+    parts = [
+        batches(
+            source,
+            11,
+            batch_size=12 // process_count,
+            process_index=i,
+            process_count=process_count,
+        )
+        for i in range(process_count)
+    ]
+    joined = [
+        {key: np.concatenate([part[key] for part in step]) for key in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert_same(joined, whole)
+
+
+@pytest.mark.parametrize("done", [0, 1, 6, 7, 20])
+def test_resume_from_the_state_is_exact(done: int):
+    source = toy(25)
+    expected = batches(source, done + 10)[done:]
+    arguments = {"batch_size": 4, "image_size": SIZE, "seed": 0}
+    with closing(pipeline.train_batches(source, **arguments, num_threads=3)) as iterator:
+        list(islice(iterator, done))
+        state = json.dumps(iterator.get_state())
+    with closing(pipeline.train_batches(source, **arguments, num_threads=1)) as iterator:
+        next(iterator)  # what is already prefetched must not survive
+        iterator.set_state(json.loads(state))
+        assert_same(list(islice(iterator, 10)), expected)
+
+
+def test_resume_through_orbax_is_exact(tmp_path: Path):
+    import orbax.checkpoint as ocp
+
+    source = toy(25)
+    expected = batches(source, 25)
+    arguments = {"batch_size": 4, "image_size": SIZE, "seed": 0, "num_threads": 2}
+    with closing(pipeline.train_batches(source, **arguments)) as iterator:
+        with ocp.CheckpointManager(tmp_path / "run") as manager:
+            list(islice(iterator, 9))
+            manager.save(9, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        next(iterator)
+    with (
+        closing(pipeline.train_batches(source, **arguments)) as iterator,
+        ocp.CheckpointManager(tmp_path / "run") as manager,
+    ):
+        manager.restore(
+            9, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(iterator))
+        )
+        assert_same(list(islice(iterator, 16)), expected[9:])
+
+
+def test_random_crop_is_cut_then_resized(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def sample_crop(rng: np.random.Generator, *arguments: object) -> tuple[int, int, int, int]:
+        asked.append(arguments)
+        return 2, 5, 6, 9
+
+    monkeypatch.setattr(pipeline, "sample_crop", sample_crop)
+    source = toy(1)
+    (batch,) = batches(source, 1, batch_size=1, crop_scale=(0.3, 0.9), crop_ratio=(0.5, 2))
+    # Not asked[0]: a thread of an iterator closed before may still be finishing its batch.
+    assert (12, 16, (0.3, 0.9), (0.5, 2)) in asked
+    picture = Image.fromarray(source.images[0]).crop((5, 2, 5 + 9, 2 + 6))
+    expected = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+    assert np.array_equal(batch["image"][0], expected)
+
+
+def test_no_random_crop_is_the_evaluation_transform():
+    source = toy(6)
+    for batch in batches(source, 4, crop_scale=None, crop_pct=0.8):
+        for row, number in enumerate(batch["id"]):
+            expected = pipeline.eval_transform(source.images[number], SIZE, 0.8)
+            assert np.array_equal(batch["image"][row], expected)
+
+
+# --- evaluation ---
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 3])
+@pytest.mark.parametrize(("examples", "batch_size"), [(10, 4), (12, 4), (1, 4), (7, 7), (9, 2)])
+def test_evaluation_counts_every_example_once(examples: int, batch_size: int, process_count: int):
+    source = toy(examples)
+    steps = pipeline.eval_steps(examples, batch_size, process_count)
+    assert (steps - 1) * batch_size * process_count < examples
+    passes = []
+    for i in range(process_count):
+        iterator = pipeline.eval_batches(
+            source,
+            batch_size=batch_size,
+            image_size=SIZE,
+            process_index=i,
+            process_count=process_count,
+        )
+        with closing(iterator):
+            passes.append(list(iterator))
+        assert len(passes[-1]) == steps
+
+    in_order = [batch for step in zip(*passes, strict=True) for batch in step]
+    for batch in in_order:
+        assert batch["image"].shape == (batch_size, SIZE, SIZE, 3)
+        assert batch["image"].dtype == np.uint8
+        assert (batch["label"].dtype, batch["id"].dtype) == (np.int32, np.int32)
+        assert batch["mask"].dtype == np.float32
+    rows = {key: np.concatenate([batch[key] for batch in in_order]) for key in in_order[0]}
+    real = rows["mask"] == 1
+    assert real.sum() == rows["mask"].sum() == examples
+    assert rows["id"][real].tolist() == list(range(examples))
+    assert rows["label"][real].tolist() == source.labels.tolist()
+    assert set(rows["id"][~real]) <= {-1}
+    assert not rows["image"][~real].any()
+    assert not rows["label"][~real].any()
+    for image, number in zip(rows["image"][real], rows["id"][real], strict=True):
+        assert np.array_equal(image, pipeline.eval_transform(source.images[number], SIZE))
+
+
+# Worked out by hand from the rule: the resized (width, height), then the crop's left and top edge.
+@pytest.mark.parametrize(
+    ("width", "height", "image_size", "crop_pct", "resized", "left", "top"),
+    [
+        (500, 375, 224, 0.875, (341, 256), 58, 16),
+        (375, 500, 224, 0.875, (256, 341), 16, 58),
+        (40, 40, 32, 0.875, (36, 36), 2, 2),
+        (33, 21, 10, 1.0, (15, 10), 2, 0),
+        (7, 20, 9, 0.9, (10, 28), 0, 9),
+        (50, 40, 384, 0.875, (384, 384), 0, 0),
+        (20, 30, 383, 1.0, (383, 574), 0, 95),
+    ],
+)
+def test_evaluation_transform(
+    width: int,
+    height: int,
+    image_size: int,
+    crop_pct: float,
+    resized: tuple[int, int],
+    left: int,
+    top: int,
+):
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    whole = np.asarray(Image.fromarray(image).resize(resized, Image.Resampling.BICUBIC))
+    expected = whole[top : top + image_size, left : left + image_size]
+    assert np.array_equal(pipeline.eval_transform(image, image_size, crop_pct), expected)
+
+
+def test_evaluation_transform_pads_what_is_too_small():
+    image = np.full((4, 7, 3), 255, np.uint8)
+    result = pipeline.eval_transform(image, 9, crop_pct=9 / 4)
+    assert result.shape == (9, 9, 3)
+    # Five rows are missing, the larger half of them above; one column on each side.
+    assert np.flatnonzero(result.any(axis=(1, 2))).tolist() == [3, 4, 5, 6]
+    assert np.flatnonzero(result.any(axis=(0, 2))).tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("image_size", "crop_pct", "resample"),
+    [
+        (32, 0.875, Image.Resampling.BICUBIC),
+        (31, 0.9, Image.Resampling.BILINEAR),
+        (20, 1.25, Image.Resampling.BICUBIC),
+        (384, 0.875, Image.Resampling.BICUBIC),
+    ],
+)
+def test_evaluation_equals_the_image_processor(
+    image_size: int, crop_pct: float, resample: Image.Resampling
+):
+    processor = ConvNextImageProcessor(
+        size={"shortest_edge": image_size},
+        crop_pct=crop_pct,
+        resample=resample,
+        do_rescale=False,
+        do_normalize=False,
+    )
+    rng = np.random.default_rng(0)
+    for height, width in ((40, 40), (61, 47), (30, 53)):
+        image = rng.integers(0, 256, (height, width, 3), np.uint8)
+        expected = processor(image, return_tensors="np", data_format="channels_last")
+        actual = pipeline.eval_transform(image, image_size, crop_pct, resample)
+        assert np.array_equal(actual, expected["pixel_values"][0])
+
+
+# --- when things go wrong ---
+
+
+class Damaged(ArraySource):
+    """A source whose picture 5 cannot be read."""
+
+    def __getitem__(self, index: int) -> dict:
+        if index == 5:
+            raise InputError("toy/5: cannot be read; remove it")
+        return super().__getitem__(index)
+
+
+def damaged_iterators() -> Iterator[grain.DatasetIterator]:
+    source = toy(9)
+    source.__class__ = Damaged
+    for num_threads in (0, 2):
+        common = {"batch_size": 3, "image_size": SIZE, "num_threads": num_threads}
+        yield pipeline.train_batches(source, **common, seed=0)
+        yield pipeline.eval_batches(source, **common)
+
+
+def test_an_unreadable_picture_reaches_the_caller_as_it_is():
+    for iterator in damaged_iterators():
+        with closing(iterator), pytest.raises(InputError) as caught:
+            list(islice(iterator, 3))
+        assert str(caught.value) == "toy/5: cannot be read; remove it"
+
+
+class Slow(ArraySource):
+    """A source that counts what is read and takes its time."""
+
+    reads = 0
+
+    def __getitem__(self, index: int) -> dict:
+        self.reads += 1
+        time.sleep(0.005)
+        return super().__getitem__(index)
+
+
+def test_close_abandons_what_is_queued():
+    source = toy(100)
+    source.__class__ = Slow
+    before = set(threading.enumerate())
+    iterator = pipeline.train_batches(source, batch_size=20, image_size=SIZE, seed=0, num_threads=1)
+    next(iterator)
+    iterator.close()
+    workers = set(threading.enumerate()) - before
+    assert workers
+    for worker in workers:
+        worker.join(timeout=10)
+        assert not worker.is_alive()
+    # One batch was delivered and one was under way; the queue held more.
+    assert source.reads <= 2 * 20
+
+
+def test_prefetching_is_bounded():
+    source = toy(100)
+    source.__class__ = Slow
+    iterator = pipeline.train_batches(source, batch_size=2, image_size=SIZE, seed=0, num_threads=2)
+    with closing(iterator):
+        next(iterator)
+        time.sleep(0.5)
+        assert source.reads <= 2 * (1 + 2 + 2)

@@ -1,0 +1,259 @@
+"""Whole runs: what a run leaves behind, going on after an interruption, and wrong settings."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from convnext_jax import ConvNextForImageClassification, ConvNextImageProcessor, InputError
+from convnext_jax.data import pipeline, sources
+from convnext_jax.training import loop
+from convnext_jax.training.config import default_config
+from convnext_jax.training.metrics import MetricsWriter, read_rows
+
+ROOT = Path(__file__).parents[2]
+
+
+def toy_config(**changes) -> ConfigDict:
+    """Five epochs of a network of 2,700 parameters on the digits."""
+    config = default_config()
+    with config.unlocked():
+        config.data = ConfigDict({"name": "digits", "test_fraction": 0.2, "split_seed": 0})
+    config.image_size = 8
+    config.crop_pct = 1.0
+    config.flip = 0.0
+    config.model.patch_size = 2
+    config.model.depths = (1,)
+    config.model.hidden_sizes = (16,)
+    config.batch_size = 128
+    config.epochs = 5.0
+    config.warmup_epochs = 1.0
+    config.ema_decay = 0.9
+    config.checkpoint_every_epochs = 2.0
+    config.eval_every_epochs = 4.0
+    config.log_every_steps = 3
+    config.log_example_ids = True
+    config.loader_threads = 2
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run: its folder and what `train` returned."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    return workdir, loop.train(toy_config(), workdir)
+
+
+def test_run_folder_is_complete(finished):
+    workdir, final = finished
+    for name in ("curves.png", "confusion_matrix.png"):
+        with Image.open(workdir / name) as image:
+            assert min(image.size) > 300
+    assert json.loads((workdir / "metrics.json").read_text()) == final
+    assert json.loads((workdir / "config.json").read_text())["batch_size"] == 128
+    assert list((workdir / "tensorboard").iterdir())
+    assert len(list((workdir / "examples").glob("*.png"))) == 10
+    rows = read_rows(workdir / "metrics.jsonl")
+    steps = 5 * (1438 // 128)
+    assert [row["step"] for row in rows if "train/loss" in row] == [
+        step for step in range(1, steps + 1) if step % 3 == 0 or step == steps
+    ]
+    assert [row["step"] for row in rows if "val_ema/top1" in row] == [44, 55]
+    assert rows[-1]["val_ema/top1"] == final["val_ema/top1"]
+    matrix = np.loadtxt(workdir / "confusion_matrix.csv", delimiter=",")
+    assert matrix.sum() == 359
+    assert matrix.trace() == round(final["val_ema/top1"] * 359)
+    assert not any("second" in name for row in rows for name in row)  # timings live elsewhere
+
+
+def test_exported_model_gives_the_reported_accuracy(finished):
+    workdir, final = finished
+    model, variables = ConvNextForImageClassification.from_pretrained(workdir / "model")
+    processor = ConvNextImageProcessor.from_pretrained(workdir / "model")
+    held_out = sources.digits(test_fraction=0.2, split_seed=0).val
+    images = [held_out[i]["image"] for i in range(len(held_out))]
+    pixels = processor(images, return_tensors="np")["pixel_values"]
+    logits = jax.jit(model.apply)(variables, pixels).logits
+    assert (np.asarray(logits.argmax(-1)) == held_out.labels).mean() == final["val_ema/top1"]
+    assert model.config.id2label == {i: str(i) for i in range(10)}
+    assert final["val_ema/top1"] > 0.2  # it has learnt something: the classes are balanced
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a run between two steps."""
+
+
+def stop_after(monkeypatch, batches_taken: int):
+    original = pipeline.train_batches
+
+    def train_batches(*args, **options):
+        batches = original(*args, **options)
+
+        class Iterator:
+            taken = 0
+
+            def __next__(self):
+                if self.taken == batches_taken:
+                    raise Stopped
+                self.taken += 1
+                return next(batches)
+
+            def __getattr__(self, name):
+                return getattr(batches, name)
+
+        return Iterator()
+
+    monkeypatch.setattr(pipeline, "train_batches", train_batches)
+
+
+def test_interrupted_run_continues_where_it_was_saved(finished, tmp_path, monkeypatch, capsys):
+    whole, final = finished
+    workdir = tmp_path / "interrupted"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 30)  # saved at 22; 23 to 30 are done again
+        with pytest.raises(Stopped):
+            loop.train(toy_config(), workdir)
+    assert [row["step"] for row in read_rows(workdir / "examples.jsonl")] == list(range(1, 31))
+    again = loop.train(toy_config(), workdir)
+    assert "resumed from step 22" in capsys.readouterr().out
+
+    # Every step once, with the examples that the uninterrupted run saw at it.
+    assert read_rows(workdir / "examples.jsonl") == read_rows(whole / "examples.jsonl")
+    for row, expected in zip(
+        read_rows(workdir / "metrics.jsonl"), read_rows(whole / "metrics.jsonl"), strict=True
+    ):
+        assert row.keys() == expected.keys()
+        np.testing.assert_allclose(list(row.values()), list(expected.values()), rtol=1e-5)
+    assert again == pytest.approx(final)
+
+
+def test_run_that_ended_is_not_trained_again(finished, monkeypatch):
+    workdir, final = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    stop_after(monkeypatch, 0)
+    assert loop.train(toy_config(), workdir) == final
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(finished):
+    workdir, _ = finished
+    with pytest.raises(InputError, match=r"other settings \(learning_rate, model.depths\)"):
+        loop.train(toy_config(learning_rate=1.0, model={"depths": (2,)}), workdir)
+
+
+def test_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="not the folder of a run"):
+        loop.train(toy_config(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 5000}, "batch_size is 5000 and there are 1438 training examples"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"warmup_epochs": 6.0}, "warmup_epochs is 6.0 of 5.0"),
+        ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"data": {"name": "digit"}}, "digit"),
+        ({"model": {"hidden_act": "gleu"}}, "there is no activation 'gleu'"),
+    ],
+)
+def test_wrong_settings_say_so_and_write_nothing(changes, message, tmp_path):
+    with pytest.raises(InputError, match=message) as error:
+        loop.train(toy_config(**changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d+"):
+        loop.train(toy_config(learning_rate=1e30, warmup_epochs=0.0), tmp_path / "run")
+
+
+def test_rows_after_the_resumed_step_and_a_torn_last_row_are_dropped(tmp_path):
+    whole = "".join(f'{{"step": {step}}}\n' for step in (1, 2, 3))
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 2, "tr')
+    MetricsWriter(tmp_path, resume_step=2).close()
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+# ------------------------------------------------------------------------- as a person starts it
+
+
+def run_train(*flags: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *flags], cwd=cwd, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config.learning_rat=1"], "learning_rate"),
+        (["--config.data.folder=x"], "folder"),
+        (["--config.batch_size=many"], "many"),
+        (["--confg=x"], "confg"),
+        (["--config=configs/absent.py"], "absent.py"),
+        ([f"--config={ROOT}/configs/image_folder.py", "--config.data.folder=absent"], "absent"),
+    ],
+)
+def test_wrong_flag_is_one_line_and_status_2(flags, said, tmp_path):
+    done = run_train(*flags, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("train.py: ")
+    assert said in line
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_digits_reach_98_percent(seed, tmp_path):
+    done = run_train(f"--workdir={tmp_path / 'run'}", f"--config.seed={seed}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    final = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert final[f"{final['exported']}/top1"] >= 0.98
+
+
+@pytest.mark.slow
+def test_digits_killed_in_the_middle_reach_98_percent_too(tmp_path):
+    workdir = tmp_path / "run"
+    flags = [f"--workdir={workdir}", "--config.log_example_ids=True"]
+    command = [sys.executable, str(ROOT / "train.py"), *flags]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while len(read_rows(workdir / "examples.jsonl")) < 400:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGKILL)
+    seen = read_rows(workdir / "examples.jsonl")
+
+    done = run_train(*flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    resumed = int(done.stdout.split("resumed from step ")[1].split()[0])
+    assert 0 < resumed <= len(seen)
+    rows = read_rows(workdir / "examples.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    # What was lost is done again with the same examples: the data goes on where the state does.
+    assert rows[: len(seen)] == seen
+    # The stream is the epochs end to end, each holding every example once.
+    ids = np.concatenate([row["ids"] for row in rows])
+    count = len(sources.digits(test_fraction=0.2, split_seed=0).train)
+    for start in range(0, len(ids) - count + 1, count):
+        assert sorted(ids[start : start + count]) == list(range(count))
+    final = json.loads((workdir / "metrics.json").read_text())
+    assert final[f"{final['exported']}/top1"] >= 0.98

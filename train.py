@@ -1,0 +1,77 @@
+"""Trains a ConvNeXt.
+
+    python train.py                                         # the digits that scikit-learn carries
+    python train.py --config configs/image_folder.py --config.data.folder=photos
+    python train.py --config configs/fashion_mnist.py --workdir runs/mine --config.batch_size=256
+
+A run continues when it is started again with the same settings and the same --workdir.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from convnext_jax.errors import InputError
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "File with the settings of the run; default configs/digits.py."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config's name>.")
+
+
+def main(argv: list[str]) -> int:
+    """Parses the flags and trains; the exit status."""
+    logging.set_verbosity(logging.WARNING)
+    if {"-h", "--help"} & set(argv):
+        print(__doc__ + "\nSettings, with their defaults: convnext_jax/training/config.py")
+        return 0
+    if not any(flag.lstrip("-").split("=")[0] == "config" for flag in argv[1:]):
+        # Not as the flag's default, against which overrides would be checked before this function.
+        argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
+    try:
+        unknown = flags.FLAGS(argv)[1:]
+        if unknown:
+            return _complain(f"what is {unknown[0]!r}? Settings are given as --config.NAME=VALUE")
+        config_file = Path(flags.FLAGS["config"].config_filename.split(":")[0])
+        if not config_file.is_file():
+            return _complain(f"there is no {config_file}: give --config one of configs/")
+        config = _CONFIG.value
+    except AttributeError as error:  # how ml_collections says that a key does not exist
+        name, meant = (re.search(p, str(error)) for p in (r"\w+", r'Did you mean "(\w+)"'))
+        hint = f"; did you mean {meant[1]!r}?" if meant else ": see the file that --config names"
+        return _complain(f"there is no setting {name[0] if name else error!r}" + hint)
+    except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
+        return _complain(str(error))
+
+    from convnext_jax.training import loop  # after the flags: it takes seconds to import
+
+    try:
+        loop.train(config, _WORKDIR.value or Path("runs") / config_file.stem)
+    except (InputError, OSError) as error:
+        return _complain(str(error))
+    except FloatingPointError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "train.py: stopped; the same command continues from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def _complain(message: str) -> int:
+    print("train.py:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
