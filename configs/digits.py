@@ -17,7 +17,8 @@ def get_config() -> ConfigDict:
     config.image_size = 16
     config.crop_pct = 1.0
     config.mean = config.std = (0.5, 0.5, 0.5)
-    config.crop_scale = (0.6, 1.0)
+    config.crop_scale = (0.7, 1.0)
+    config.crop_ratio = (0.85, 1.18)
     config.flip = 0.0  # a mirrored digit is another one
     config.model.patch_size = 2
     config.model.depths = (2, 2, 2)

@@ -27,11 +27,11 @@ def get_config() -> ConfigDict:
     config.dtype = "bfloat16"
 
     config.batch_size = 256
-    config.epochs = 100.0
-    config.warmup_epochs = 10.0
+    config.epochs = 50.0
+    config.warmup_epochs = 5.0
     config.learning_rate = 2e-3
     config.ema_decay = 0.998
-    config.eval_every_epochs = 10.0
-    config.checkpoint_every_epochs = 20.0
+    config.eval_every_epochs = 5.0
+    config.checkpoint_every_epochs = 10.0
     config.log_every_steps = 36
     return config
