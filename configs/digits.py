@@ -1,6 +1,7 @@
 """ConvNeXt on the 1,797 handwritten digits that scikit-learn carries; nothing is downloaded.
 
-A fifth of them, drawn evenly over the classes, is held out and selects nothing.
+A fifth of them, drawn evenly over the classes, is held out and selects nothing: these settings were
+chosen on a quarter of the other four fifths.
 """
 
 from ml_collections import ConfigDict
@@ -25,10 +26,10 @@ def get_config() -> ConfigDict:
     config.model.hidden_sizes = (32, 64, 128)
     config.model.drop_path_rate = 0.1
 
-    config.batch_size = 64
+    config.batch_size = 32
     config.epochs = 40.0
     config.warmup_epochs = 4.0
-    config.learning_rate = 2e-3
+    config.learning_rate = 1e-3
     config.ema_decay = 0.99
     config.eval_every_epochs = 4.0
     config.checkpoint_every_epochs = 4.0

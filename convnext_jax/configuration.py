@@ -170,7 +170,7 @@ class ConvNextConfig:
             fields["out_features"] = fields["out_indices"] = None
         if "id2label" in changes or changes.get("num_labels", self.num_labels) != self.num_labels:
             fields["id2label"] = fields["label2id"] = None
-        if "depths" in changes and len(changes["depths"]) != self.num_stages:
+        if changes.get("num_stages", self.num_stages) != self.num_stages:
             fields["out_features"] = fields["out_indices"] = None
         return type(self)(**{**fields, **changes})
 

@@ -4,8 +4,8 @@ One meaning, two implementations:
 
 - `plain`: XLA's grouped convolution, differentiable in every mode and to every order.
 - `shifted`: a sum of shifted copies of the input, one a tap of the kernel. XLA's CPU backend has no
-  kernel of its own for grouped convolutions; on two cores and a 7x7 kernel this form is 8 to 16
-  times faster forward and for the input's gradient, and 2 to 56 times for the kernel's gradient
+  kernel of its own for grouped convolutions; on two cores and a 7x7 kernel this form is 9 to 21
+  times faster forward and for the input's gradient, and 3 to 32 times for the kernel's gradient
   (`benchmarks/ops.py`). It has a gradient of its own, so no forward-mode differentiation.
 """
 

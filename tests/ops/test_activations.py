@@ -1,0 +1,84 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convnext_jax import InputError
+from convnext_jax.ops import ACTIVATIONS, activation
+
+erf = np.vectorize(math.erf)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def gelu(x):
+    return 0.5 * x * (1 + erf(x / math.sqrt(2)))
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def selu(x):
+    alpha, scale = 1.6732632423543772, 1.0507009873554805
+    return scale * np.where(x > 0, x, alpha * np.expm1(x))
+
+
+FORMULAS = {
+    "gelu": gelu,
+    "gelu_10": lambda x: np.clip(gelu(x), -10, 10),
+    "gelu_accurate": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_new": gelu_tanh,
+    "gelu_python": gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "laplace": lambda x: 0.5 * (1 + erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "leaky_relu": lambda x: np.where(x > 0, x, 0.01 * x),
+    "linear": lambda x: x,
+    "mish": lambda x: x * np.tanh(np.log1p(np.exp(x))),
+    "quick_gelu": lambda x: x * sigmoid(1.702 * x),
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+    "relu6": lambda x: np.clip(x, 0, 6),
+    "selu": selu,
+    "sigmoid": sigmoid,
+    "silu": lambda x: x * sigmoid(x),
+    "swish": lambda x: x * sigmoid(x),
+    "tanh": np.tanh,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_values(name):
+    x = np.linspace(-13, 13, 1001)
+    with jax.enable_x64(True):
+        y = activation(name)(jnp.asarray(x))
+        assert y.dtype == jnp.float64
+        np.testing.assert_allclose(y, FORMULAS[name](x), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_dtype_is_kept(name, dtype):
+    x = jnp.linspace(-3, 3, 25).astype(dtype)
+    y = activation(name)(x)
+    assert y.dtype == dtype
+    expected = FORMULAS[name](np.asarray(x, np.float64))
+    tolerance = 8 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=0, atol=tolerance)
+
+
+def test_a_callable_is_itself():
+    assert activation(jnp.sin) is jnp.sin
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(InputError) as error:
+        activation("gleu")
+    assert "\n" not in str(error.value)
+    for name in ("gleu", *ACTIVATIONS):
+        assert name in str(error.value)

@@ -1,0 +1,156 @@
+"""Every implementation against the definition, written out in numpy in f64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convnext_jax import InputError
+from convnext_jax.ops import depthwise_conv
+
+IMPLEMENTATIONS = ["plain", "shifted", None]
+SHAPES = [
+    ((2, 9, 8, 3), (7, 7)),
+    ((1, 2, 3, 4), (7, 7)),  # maps smaller than the kernel
+    ((2, 1, 1, 2), (7, 7)),
+    ((1, 6, 7, 2), (3, 5)),
+    ((1, 6, 7, 2), (1, 1)),
+    ((1, 6, 7, 1), (9, 3)),
+]
+
+
+def taps_of(x, sides):
+    """The input under each tap of the kernel: (kernel height, kernel width, *x.shape)."""
+    (rows, columns), (height, width) = sides, x.shape[1:3]
+    padded = np.pad(x, ((0, 0), (rows // 2,) * 2, (columns // 2,) * 2, (0, 0)))
+    return np.stack(
+        [
+            [padded[:, i : i + height, j : j + width] for j in range(columns)]
+            for i in range(rows)
+        ]
+    )  # fmt: skip
+
+
+def definition(x, kernel):
+    return np.einsum("ijnhwc,ijc->nhwc", taps_of(x, kernel.shape[:2]), kernel[:, :, 0])
+
+
+def gradients_by_definition(x, kernel, g):
+    """Of sum(g * definition(x, kernel))."""
+    kernel_gradient = np.einsum("ijnhwc,nhwc->ijc", taps_of(x, kernel.shape[:2]), g)
+    return definition(g, kernel[::-1, ::-1]), kernel_gradient[:, :, None]
+
+
+def random_arrays(shape, sides, dtype=np.float64, mean=0.0):
+    rng = np.random.default_rng(0)
+    shapes = (shape, (*sides, 1, shape[-1]), shape)
+    return [(mean + rng.standard_normal(shape)).astype(dtype) for shape in shapes]
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("shape", "sides"), SHAPES)
+def test_values_and_gradients(shape, sides, implementation, x64):
+    x, kernel, g = random_arrays(shape, sides)
+
+    @jax.jit
+    def run(x, kernel, g):
+        y, pull = jax.vjp(lambda *a: depthwise_conv(*a, implementation=implementation), x, kernel)
+        return y, *pull(g)
+
+    y, x_gradient, kernel_gradient = run(x, kernel, g)
+    assert y.dtype == x_gradient.dtype == kernel_gradient.dtype == jnp.float64
+    np.testing.assert_allclose(y, definition(x, kernel), rtol=0, atol=1e-12)
+    expected = gradients_by_definition(x, kernel, g)
+    np.testing.assert_allclose(x_gradient, expected[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(kernel_gradient, expected[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_second_order(implementation, x64):
+    x, kernel, _ = random_arrays((1, 5, 4, 2), (3, 3))
+
+    def energy(x, kernel):
+        return (depthwise_conv(x, kernel, implementation=implementation) ** 2).sum() / 2
+
+    def slope(x, kernel):
+        return sum((g**2).sum() for g in jax.grad(energy, (0, 1))(x, kernel)) / 2
+
+    got = jax.jit(jax.grad(slope, (0, 1)))(x, kernel)
+
+    # Against central differences of the same from the definition of the gradients.
+    def slope_by_definition(x, kernel):
+        y = definition(x, kernel)
+        return sum((g**2).sum() for g in gradients_by_definition(x, kernel, y)) / 2
+
+    for which, gradient in enumerate(got):
+        direction = random_arrays((1, 5, 4, 2), (3, 3), mean=1.0)[which]
+        step = 1e-4
+        ends = []
+        for sign in (1, -1):
+            arguments = [x, kernel]
+            arguments[which] = arguments[which] + sign * step * direction
+            ends.append(slope_by_definition(*arguments))
+        expected = (ends[0] - ends[1]) / (2 * step)
+        assert (np.asarray(gradient) * direction).sum() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_summed_in_f32(dtype, implementation):
+    """One rounding at the end: sums of like signs in `dtype` itself would lose several digits."""
+    x, kernel, g = random_arrays((4, 12, 12, 4), (7, 7), dtype, mean=3.0)
+    y, pull = jax.vjp(lambda *a: depthwise_conv(*a, implementation=implementation), x, kernel)
+    x, kernel, g64 = (np.asarray(a, np.float64) for a in (x, kernel, g))
+    expected = (definition(x, kernel), *gradients_by_definition(x, kernel, g64))
+    for got, value in zip((y, *pull(jnp.asarray(g))), expected, strict=True):
+        assert got.dtype == dtype
+        error = np.abs(np.asarray(got, np.float64) - value) / np.abs(value)
+        assert error.max() < 0.51 * float(jnp.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap_over_inputs_and_kernels(implementation):
+    x, kernel, _ = random_arrays((2, 5, 6, 4), (3, 3), np.float32)
+    xs, kernels = np.stack([x, 2 * x, x + 1]), np.stack([kernel, kernel + 1, -kernel])
+
+    def energy(x, kernel):
+        return (depthwise_conv(x, kernel, implementation=implementation) ** 2).sum()
+
+    gradients = jax.grad(energy, (0, 1))
+    together = jax.jit(jax.vmap(gradients))(xs, kernels)
+    for i in range(3):
+        for got, expected in zip(together, gradients(xs[i], kernels[i]), strict=True):
+            np.testing.assert_allclose(got[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_is_for_the_plain_form():
+    x, kernel, direction = random_arrays((1, 5, 4, 2), (3, 3), np.float32)
+
+    def run(implementation):
+        return jax.jvp(
+            lambda x: depthwise_conv(x, kernel, implementation=implementation), (x,), (direction,)
+        )
+
+    np.testing.assert_allclose(run("plain")[1], definition(direction, kernel), rtol=0, atol=1e-5)
+    for implementation in ("shifted", None):
+        with pytest.raises(TypeError, match="forward-mode"):
+            run(implementation)
+
+
+@pytest.mark.parametrize(
+    "shape", [(7, 7, 1, 3), (6, 7, 1, 4), (7, 6, 1, 4), (7, 7, 4, 1), (7, 7, 4, 4)]
+)
+def test_a_kernel_of_another_shape(shape):
+    with pytest.raises(InputError, match=r"\(odd, odd, 1, 4\)"):
+        depthwise_conv(jnp.zeros((1, 8, 8, 4)), jnp.zeros(shape))
+
+
+def test_an_unknown_implementation():
+    with pytest.raises(InputError, match=r"'fast'.*'plain'"):
+        depthwise_conv(jnp.zeros((1, 8, 8, 4)), jnp.zeros((7, 7, 1, 4)), implementation="fast")

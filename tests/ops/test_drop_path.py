@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convnext_jax.ops import drop_path
+
+
+def factors(rate, key, count):
+    """What each of `count` samples was multiplied with."""
+    y = drop_path(jnp.ones((count, 2, 3, 1)), rate, key)
+    np.testing.assert_array_equal(y, jnp.broadcast_to(y[:, :1, :1], y.shape))  # whole samples
+    return np.asarray(y[:, 0, 0, 0])
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_rate_and_expectation(rate):
+    count = 20_000
+    seen = factors(rate, jax.random.key(0), count)
+    assert set(seen) == {np.float32(0), np.float32(1 / (1 - rate))}
+    deviation = np.sqrt(rate * (1 - rate) / count)
+    assert abs((seen == 0).mean() - rate) < 4 * deviation
+    assert abs(seen.mean() - 1) < 4 * deviation / (1 - rate)
+
+
+def test_a_rate_of_zero_changes_nothing():
+    np.testing.assert_array_equal(factors(0.0, jax.random.key(0), 100), 1.0)
+
+
+def test_the_key_alone_decides():
+    first, again, other = (factors(0.5, jax.random.key(seed), 200) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert 60 < (first != other).sum() < 140
+
+
+def test_samples_are_independent():
+    # Neighbours agree as often as not.
+    seen = factors(0.5, jax.random.key(0), 10_000)
+    assert abs((seen[1:] == seen[:-1]).mean() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_dtype_is_kept(dtype):
+    assert drop_path(jnp.ones((4, 1), dtype), 0.5, jax.random.key(0)).dtype == dtype
+
+
+def test_devices_take_their_parts_of_one_mask():
+    x = jnp.arange(1.0, 25.0).reshape(12, 2)
+    key = jax.random.key(0)
+    whole = drop_path(x, 0.5, key)
+    for devices in (2, 3, 4):
+        parts = x.reshape(devices, 12 // devices, 2)
+        run = jax.vmap(lambda part: drop_path(part, 0.5, key, "batch"), axis_name="batch")
+        np.testing.assert_array_equal(run(parts).reshape(12, 2), whole)

@@ -1,0 +1,136 @@
+"""The command line: what it prints, and what it says when something is wrong."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from convnext_jax import ConvNextConfig, ConvNextForImageClassification, ConvNextImageProcessor
+from convnext_jax.cli import BATCH, main
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    names = ["tench", "church", "golf ball", "parachute", "chain saw", "French horn", "gas pump"]
+    config = ConvNextConfig(
+        num_stages=2, depths=(1, 1), hidden_sizes=(8, 16), image_size=16, patch_size=2,
+        layer_scale_init_value=1.0, initializer_range=0.5, id2label=dict(enumerate(names)),
+    )  # fmt: skip
+    model = ConvNextForImageClassification(config)
+    model.save_pretrained(folder, model.init_variables(jax.random.key(0)))
+    ConvNextImageProcessor(size={"shortest_edge": 16}, crop_pct=0.875).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[str]:
+    """More than one batch, of several sizes and modes."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(BATCH + 3):
+        shape = (20 + 7 * i, 33, 3) if i % 3 else (25, 20 + 5 * i)
+        paths.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(paths[-1])
+    return paths
+
+
+def probabilities(folder: Path, path: str) -> np.ndarray:
+    model, variables = ConvNextForImageClassification.from_pretrained(folder)
+    processor = ConvNextImageProcessor.from_pretrained(folder)
+    pixels = processor(Image.open(path).convert("RGB"), return_tensors="np")["pixel_values"]
+    return np.asarray(jax.nn.softmax(model.apply(variables, pixels).logits)[0])
+
+
+def test_json_holds_the_best_classes_of_every_picture(model_folder, pictures, capsys):
+    assert main(["classify", str(model_folder), *pictures, "--json", "--top", "3"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert [result["image"] for result in results] == pictures
+    for i in (0, len(pictures) - 1):
+        expected = probabilities(model_folder, pictures[i])
+        best = np.argsort(-expected)[:3]
+        assert [p["index"] for p in results[i]["predictions"]] == best.tolist()
+        np.testing.assert_allclose(
+            [p["probability"] for p in results[i]["predictions"]], expected[best], atol=2e-6
+        )
+    assert results[0]["predictions"] != results[1]["predictions"]
+
+
+def test_table_names_five_classes(model_folder, pictures, capsys):
+    assert main(["classify", str(model_folder), pictures[1]]) == 0
+    path, *rows = capsys.readouterr().out.splitlines()
+    assert path == pictures[1]
+    expected = probabilities(model_folder, pictures[1])
+    config = ConvNextConfig.from_pretrained(model_folder)
+    best = np.argsort(-expected)[:5]
+    assert [row.split("%")[1].strip() for row in rows] == [config.id2label[i] for i in best]
+    shown = [float(row.split("%")[0]) for row in rows]
+    np.testing.assert_allclose(shown, expected[best] * 100, atol=0.006)
+
+
+def spoil(folder: Path, tmp_path: Path, name: str, content: bytes | None) -> Path:
+    """A copy of the model's folder with one file changed or, for None, absent."""
+    copy = tmp_path / "spoilt"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / name).unlink()
+    if content is not None:
+        (copy / name).write_bytes(content)
+    return copy
+
+
+def fails_with_one_line(arguments: list[str], said: list[str], capsys) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("convnext-jax: ")
+    for words in said:
+        assert words in captured.err
+
+
+def test_missing_and_unreadable_pictures_are_named(model_folder, pictures, tmp_path, capsys):
+    absent = str(tmp_path / "absent.jpg")
+    fails_with_one_line(["classify", str(model_folder), pictures[0], absent], [absent], capsys)
+    text = tmp_path / "notes.jpg"
+    text.write_text("no picture")
+    fails_with_one_line(["classify", str(model_folder), str(text)], [str(text)], capsys)
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(Path(pictures[0]).read_bytes()[:200])
+    fails_with_one_line(["classify", str(model_folder), str(torn)], [str(torn)], capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", b'{"model_type": "resnet"}', ["config.json", "'resnet'"]),
+        ("config.json", b'{"model_type": ', ["config.json", "JSON"]),
+        ("config.json", None, ["config.json"]),
+        ("preprocessor_config.json", None, ["preprocessor_config.json"]),
+        ("model.safetensors", None, ["model.safetensors"]),
+        ("model.safetensors", "first half", ["model.safetensors", "complete"]),
+        ("model.safetensors", b"", ["model.safetensors", "complete"]),
+    ],
+)
+def test_spoilt_models_are_named(model_folder, pictures, tmp_path, capsys, name, content, said):
+    if content == "first half":
+        whole = (model_folder / name).read_bytes()
+        content = whole[: len(whole) // 2]
+    folder = spoil(model_folder, tmp_path, name, content)
+    fails_with_one_line(["classify", str(folder), pictures[0]], said, capsys)
+
+
+def test_absent_model_is_named(pictures, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    fails_with_one_line(["classify", "./absent", pictures[0]], ["./absent"], capsys)
+
+
+def test_wrong_flag_exits_with_2(model_folder, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["classify", str(model_folder), "x.png", "--top", "0"])
+    assert error.value.code == 2
+    assert "at least 1" in capsys.readouterr().err

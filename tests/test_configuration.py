@@ -1,0 +1,380 @@
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from convnext_jax import ConvNextConfig, InputError
+from convnext_jax.configuration import PRESETS, drop_path_rates
+
+# The fields of Hugging Face's documentation and what they default to.
+DEFAULTS = {
+    "num_channels": 3,
+    "patch_size": 4,
+    "num_stages": 4,
+    "hidden_sizes": (96, 192, 384, 768),
+    "depths": (3, 3, 9, 3),
+    "hidden_act": "gelu",
+    "initializer_range": 0.02,
+    "layer_norm_eps": 1e-12,
+    "layer_scale_init_value": 1e-6,
+    "drop_path_rate": 0.0,
+    "image_size": 224,
+    "out_features": ("stage4",),
+    "out_indices": (4,),
+    "num_labels": 2,
+    "id2label": {0: "LABEL_0", 1: "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "problem_type": None,
+    "return_dict": True,
+    "output_hidden_states": False,
+    "stage_names": ("stem", "stage1", "stage2", "stage3", "stage4"),
+}
+STAGES = ["stem", "stage1", "stage2", "stage3", "stage4"]
+
+
+def assert_one_line(error, *parts):
+    message = str(error.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults(name):
+    assert getattr(ConvNextConfig(), name) == DEFAULTS[name]
+
+
+def test_order_of_positional_arguments():
+    config = ConvNextConfig(1, 2, 3, [4, 5, 6], [1, 2, 1], "relu", 0.1, 1e-5, 0.5, 0.2, 64)
+    assert config == ConvNextConfig(
+        num_channels=1,
+        patch_size=2,
+        num_stages=3,
+        hidden_sizes=(4, 5, 6),
+        depths=(1, 2, 1),
+        hidden_act="relu",
+        initializer_range=0.1,
+        layer_norm_eps=1e-5,
+        layer_scale_init_value=0.5,
+        drop_path_rate=0.2,
+        image_size=64,
+    )
+
+
+# ------------------------------------------------------------------------- frozen, equal, hashable
+
+
+def test_attributes_cannot_be_set():
+    config = ConvNextConfig(note="kept")
+    for name in ("depths", "num_labels", "note", "brand_new"):
+        with pytest.raises(AttributeError, match=rf"config\.replace\({name}=\.\.\.\)"):
+            setattr(config, name, 1)
+    with pytest.raises(AttributeError, match="cannot be changed"):
+        del config.depths
+
+
+def test_values_cannot_be_changed_in_place():
+    config = ConvNextConfig(extra_list=[1, [2]], extra_map={"a": {"b": 1}})
+    assert config.extra_list == (1, (2,))
+    for mapping in (config.id2label, config.label2id, config.extra_map, config.extra_map["a"]):
+        with pytest.raises(ValueError, match="immutable"):
+            mapping[0] = "changed"
+
+
+def test_unknown_attribute():
+    with pytest.raises(AttributeError, match="no field 'depth'"):
+        _ = ConvNextConfig().depth
+
+
+def test_equal_configurations_have_equal_hashes():
+    changes = {"depths": [1, 1, 1, 1], "id2label": {0: "cat", 1: "dog"}, "note": {"a": [1]}}
+    one, other = ConvNextConfig(**changes), ConvNextConfig(**changes)
+    assert one == other
+    assert hash(one) == hash(other)
+    for change in ({"depths": (1, 1, 1, 2)}, {"id2label": {0: "dog", 1: "cat"}}, {"note": 1}):
+        assert one.replace(**change) != one
+    assert one != "a configuration"
+
+
+def test_a_copy_from_another_process_is_equal_and_has_the_hash_of_this_one():
+    # Hashes of strings differ between processes; a cached one must not travel.
+    code = (
+        "import pickle, sys; from convnext_jax import ConvNextConfig; "
+        "config = ConvNextConfig(num_labels=3, note='x'); hash(config); "
+        "sys.stdout.buffer.write(pickle.dumps(config))"
+    )
+    sent = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
+    config = ConvNextConfig(num_labels=3, note="x")
+    assert pickle.loads(sent) == config
+    assert hash(pickle.loads(sent)) == hash(config)
+
+
+def test_the_hash_is_computed_once(monkeypatch):
+    config = ConvNextConfig()
+    value = hash(config)
+    monkeypatch.setattr(ConvNextConfig, "_fields", lambda self: pytest.fail("computed again"))
+    assert hash(config) == value
+
+
+# --------------------------------------------------------------------------------- out_features
+
+
+@pytest.mark.parametrize(
+    ("given", "features", "indices"),
+    [
+        ({}, ["stage4"], [4]),
+        ({"out_features": ["stem", "stage2"]}, ["stem", "stage2"], [0, 2]),
+        ({"out_features": ("stage1",)}, ["stage1"], [1]),
+        ({"out_indices": (0, 2)}, ["stem", "stage2"], [0, 2]),
+        ({"out_indices": [-1]}, ["stage4"], [-1]),
+        ({"out_indices": [-5, 2, -1]}, ["stem", "stage2", "stage4"], [-5, 2, -1]),
+        ({"out_features": ["stage4"], "out_indices": [-1]}, ["stage4"], [-1]),
+        ({"out_features": [], "out_indices": []}, [], []),
+        ({"out_features": []}, [], []),
+        ({"out_indices": []}, [], []),
+    ],
+)
+def test_outputs_are_aligned(given, features, indices):
+    config = ConvNextConfig(**given)
+    assert list(config.out_features) == features
+    assert list(config.out_indices) == indices
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"out_features": "stage4"}, "out_features"),
+        ({"out_features": {"stage4"}}, "out_features"),
+        ({"out_features": ["stage5"]}, "'stage5'"),
+        ({"out_features": ["stage1", "stage1"]}, "twice"),
+        ({"out_features": ["stage2", "stage1"]}, "order"),
+        ({"out_indices": 4}, "out_indices"),
+        ({"out_indices": "4"}, "out_indices"),
+        ({"out_indices": [5]}, "5"),
+        ({"out_indices": [-6]}, "-6"),
+        ({"out_indices": [1.5]}, "1.5"),
+        ({"out_indices": [-1, 4]}, "twice"),
+        ({"out_indices": [2, 1]}, "order"),
+        ({"out_indices": [-1, 1]}, "order"),
+        ({"out_features": ["stage1"], "out_indices": [1, 2]}, "disagree"),
+        ({"out_features": ["stage1"], "out_indices": [2]}, "disagree"),
+    ],
+)
+def test_outputs_that_cannot_be_aligned(given, part):
+    with pytest.raises(InputError) as error:
+        ConvNextConfig(**given)
+    assert_one_line(error, part)
+
+
+def test_one_of_the_outputs_replaces_the_other():
+    config = ConvNextConfig(out_features=["stage1"])
+    assert config.replace(out_indices=[-2]).out_features == ("stage3",)
+    assert config.replace(out_features=["stage2"]).out_indices == (2,)
+    assert config.replace(out_features=None).out_indices == (4,)
+    assert config.replace(drop_path_rate=0.1).out_features == ("stage1",)
+
+
+# --------------------------------------------------------------------------------------- labels
+
+
+def test_labels_follow_their_number():
+    config = ConvNextConfig(num_labels=3)
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    assert config.label2id == {"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}
+    assert ConvNextConfig(num_labels=0).id2label == {}
+
+
+def test_names_give_their_number_and_inverse():
+    config = ConvNextConfig(id2label={"0": "cat", "1": "dog", "2": "cow"})
+    assert config.num_labels == 3
+    assert config.id2label == {0: "cat", 1: "dog", 2: "cow"}
+    assert config.label2id == {"cat": 0, "dog": 1, "cow": 2}
+
+
+def test_a_conflicting_number_of_labels_warns_and_gives_way():
+    with pytest.warns(UserWarning, match="num_labels is 5 and id2label has 2"):
+        assert ConvNextConfig(num_labels=5, id2label={0: "cat", 1: "dog"}).num_labels == 2
+
+
+def test_names_survive_a_replacement_that_keeps_their_number():
+    config = ConvNextConfig(id2label={0: "cat", 1: "dog"})
+    assert config.replace(num_labels=2) == config
+    assert config.replace(num_labels=1).id2label == {0: "LABEL_0"}
+    assert config.replace(id2label={0: "cow"}).label2id == {"cow": 0}
+    assert config.replace(depths=(1, 1, 1, 1)).id2label == {0: "cat", 1: "dog"}
+
+
+# -------------------------------------------------------------------------------- other bad values
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"num_channels": 0}, "num_channels"),
+        ({"num_channels": 2.5}, "num_channels"),
+        ({"num_channels": True}, "num_channels"),
+        ({"patch_size": -1}, "patch_size"),
+        ({"patch_size": (4, 4, 4)}, "patch_size"),
+        ({"image_size": "224"}, "image_size"),
+        ({"num_stages": 3}, "hidden_sizes"),
+        ({"depths": (1, 1)}, "depths"),
+        ({"depths": (1, 1, 0, 1)}, "depths[2]"),
+        ({"depths": 3}, "depths"),
+        ({"hidden_sizes": "abcd"}, "hidden_sizes"),
+        ({"hidden_act": 3}, "hidden_act"),
+        ({"initializer_range": -0.1}, "initializer_range"),
+        ({"layer_norm_eps": "small"}, "layer_norm_eps"),
+        ({"layer_scale_init_value": None}, "layer_scale_init_value"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate"),
+        ({"drop_path_rate": float("nan")}, "drop_path_rate"),
+        ({"problem_type": "classification"}, "problem_type"),
+        ({"num_labels": -1}, "num_labels"),
+        ({"id2label": ["cat"]}, "id2label"),
+        ({"id2label": {"first": "cat"}}, "id2label"),
+        ({"replace": 1}, "replace"),
+    ],
+)
+def test_values_that_build_no_network(given, part):
+    with pytest.raises(InputError) as error:
+        ConvNextConfig(**given)
+    assert_one_line(error, part)
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = ConvNextConfig(num_labels=np.int64(3), patch_size=np.int32(2))
+    assert json.loads(json.dumps(config.to_dict()))["patch_size"] == 2
+
+
+# ---------------------------------------------------------------------------------- presets, rates
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    config = ConvNextConfig.preset(name, num_labels=1000, drop_path_rate=0.5)
+    assert config.num_labels == 1000
+    assert config.depths == PRESETS[name]["depths"]
+    assert config.hidden_sizes == PRESETS[name]["hidden_sizes"]
+    assert config.hidden_sizes[3] == 8 * config.hidden_sizes[0]
+
+
+def test_tiny_is_the_default():
+    assert ConvNextConfig.preset("tiny") == ConvNextConfig()
+
+
+def test_there_is_no_such_preset():
+    with pytest.raises(InputError) as error:
+        ConvNextConfig.preset("huge")
+    assert_one_line(error, "'huge'", *PRESETS)
+
+
+def test_drop_path_rates_are_linear_over_all_blocks():
+    rates = drop_path_rates(ConvNextConfig.preset("tiny", drop_path_rate=0.1))
+    assert [len(stage) for stage in rates] == [3, 3, 9, 3]
+    np.testing.assert_allclose(np.concatenate(rates), np.linspace(0, 0.1, 18), rtol=1e-15)
+    one_block = ConvNextConfig(num_stages=1, depths=[1], hidden_sizes=[8], drop_path_rate=0.5)
+    assert drop_path_rates(one_block) == ((0.0,),)
+
+
+# ------------------------------------------------------------------------------------ in and out
+
+CONFIGURATIONS = [
+    {},
+    {"num_labels": 0},
+    {"num_labels": 7},
+    {"id2label": {0: "cat", 1: "dog"}, "problem_type": "multi_label_classification"},
+    {"id2label": {3: "a hole", 7: "another"}},
+    {"patch_size": (4, 2), "image_size": (64, 32), "out_indices": [0, -1]},
+    {
+        "num_stages": 2,
+        "depths": [1, 2],
+        "hidden_sizes": [8, 16],
+        "hidden_act": "relu",
+        "layer_scale_init_value": 0,
+        "output_hidden_states": True,
+        "return_dict": False,
+    },
+    {"note": "kept", "nested": {"list": [1, {"a": None}], "1": 2}},
+]
+
+
+@pytest.mark.parametrize("fields", CONFIGURATIONS)
+def test_json_round_trip(fields, tmp_path):
+    config = ConvNextConfig(**fields)
+    assert ConvNextConfig.from_dict(config.to_dict()) == config
+    config.save_pretrained(tmp_path / "new" / "folder")
+    assert ConvNextConfig.from_pretrained(tmp_path / "new" / "folder") == config
+
+
+def test_json_has_the_keys_of_hugging_face(tmp_path):
+    ConvNextConfig(num_labels=12, note="kept").save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    expected = set(DEFAULTS) - {"num_labels"} | {"model_type", "note"}
+    assert set(values) == expected
+    assert values["model_type"] == "convnext"
+    assert values["stage_names"] == STAGES
+    assert values["hidden_sizes"] == [96, 192, 384, 768]
+    # Keys of JSON are strings, and those of id2label stay in the order of the classes.
+    assert list(values["id2label"]) == [str(i) for i in range(12)]
+
+
+def test_fields_can_be_changed_while_reading(tmp_path):
+    ConvNextConfig(out_features=["stage1"], num_labels=5).save_pretrained(tmp_path)
+    config = ConvNextConfig.from_pretrained(tmp_path, out_indices=[2, 3], drop_path_rate=0.2)
+    assert config.out_features == ("stage2", "stage3")
+    assert (config.drop_path_rate, config.num_labels) == (0.2, 5)
+
+
+def test_a_callable_activation_is_for_python_alone(tmp_path):
+    config = ConvNextConfig(hidden_act=np.tanh)
+    assert config == ConvNextConfig(hidden_act=np.tanh)
+    with pytest.raises(InputError) as error:
+        config.save_pretrained(tmp_path / "folder")
+    assert_one_line(error, "hidden_act")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_another_architecture(tmp_path):
+    with pytest.raises(InputError) as error:
+        ConvNextConfig.from_dict({"model_type": "resnet", "depths": [3, 4, 6, 3]})
+    assert_one_line(error, "'resnet'", "another architecture")
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(InputError) as error:
+        ConvNextConfig.from_pretrained(tmp_path)
+    assert_one_line(error, "'vit'", str(tmp_path / "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "JSON"),
+        ("", "JSON"),
+        ("[1, 2]", "list"),
+        ("[" * 100_000, "JSON"),
+        ("\xff", "JSON"),
+        ('{"depths": [1, 2]}', "depths"),
+        ('{"depths": "3"}', "depths"),
+        ('{"id2label": {"a": "b"}}', "id2label"),
+        ('{"self": 1}', "self"),
+    ],
+    ids=range(9),
+)
+def test_a_broken_file_is_named_in_one_line(text, part, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError) as error:
+        ConvNextConfig.from_pretrained(tmp_path)
+    assert_one_line(error, str(path), part)
+
+
+def test_a_missing_file_is_named_in_one_line(tmp_path):
+    with pytest.raises(InputError) as error:
+        ConvNextConfig.from_pretrained(tmp_path)
+    assert_one_line(error, "config.json", str(tmp_path))
+    for name in (str(tmp_path / "nowhere"), "nowhere", "./nowhere", "a/b/c"):
+        with pytest.raises(InputError) as error:
+            ConvNextConfig.from_pretrained(name)
+        assert_one_line(error, name)
