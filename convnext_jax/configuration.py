@@ -222,7 +222,7 @@ class ConvNextConfig:
           **changes: fields to change, and `revision`, `cache_dir`, `local_files_only`, `token`,
             which go to huggingface_hub.
         """
-        from convnext_jax.checkpoints import files  # a leaf, reached only here: see the house plan
+        from convnext_jax.checkpoints import files  # a leaf, reached only here
 
         hub_options, changes = files.split_hub_options(changes)
         path = files.find_file(name_or_path, CONFIG_NAME, **hub_options)

@@ -742,7 +742,7 @@ def test_a_model_is_hashable_and_static_under_jit():
     assert model == ConvNextForImageClassification(SMALL, implementation="plain")
 
 
-# ------------------------------------------------------------------------------ the house's arrows
+# --------------------------------------------------------------------------- what imports what
 
 ROOT = Path(convnext_jax.__file__).parent
 CORE = ["jax", "flax", "numpy"]

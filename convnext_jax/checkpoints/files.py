@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,15 +42,20 @@ def find_file(name_or_path: str | Path, filename: str, **hub_options: Any) -> Pa
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
     try:
+        logger.setLevel(logging.ERROR)  # it reports each retry; the error below says it once
         return Path(hf_hub_download(name, filename, **hub_options))
     # Offline is an OSError of one kind or another; what the hub answers is an HTTP error.
     except (OSError, HfHubHTTPError, HFValidationError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"there is no folder {name}, and {filename} of {name} could not be had from the hub "
-            f"(revision {hub_options.get('revision') or 'main'}): {reason}"
+            f"there is no folder {name}, and {filename} could not be had from the hub as {name}, "
+            f"revision {hub_options.get('revision') or 'main'} ({_first_sentence(error)}): check "
+            "the name and the connection, or give a folder"
         ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -83,3 +89,7 @@ def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
     # transformers refuses a file that does not say which framework's layout it has.
     save_file(dict(arrays), path, metadata={"format": "pt"})
+
+
+def _first_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__

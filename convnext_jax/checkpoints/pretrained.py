@@ -134,7 +134,10 @@ def save(model: Any, folder: str | Path, variables: Mapping[str, Any]) -> None:
     dtype = str(next(iter(state.values())).dtype)
     # Checked before anything is written: a folder that cannot be loaded again helps nobody.
     load_state_dict(model, state, "what is being saved")
-    config = model.config.replace(architectures=(type(model).__name__,), torch_dtype=dtype)
+    told = {"architectures": (type(model).__name__,), "torch_dtype": dtype}
+    if "dtype" in model.config.extra:  # the same, in files of transformers 5
+        told["dtype"] = dtype
+    config = model.config.replace(**told)
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from convnext_jax.data.sources import Source
 from convnext_jax.image.augment import sample_crop
+from convnext_jax.image.processor import resize_rule
 
 # A thread makes whole batches, and Pillow releases the interpreter lock while it decodes and
 # resizes; beyond this number the lock is what they wait for.
@@ -147,22 +148,15 @@ def eval_transform(
 ) -> np.ndarray:
     """The published evaluation transform: uint8 [H, W, 3] to uint8 [S, S, 3].
 
-    Below 384 pixels the short side is resized to int(S / crop_pct), the long side in proportion,
-    and the centre S×S is cut out (zeros where the picture is smaller, as happens with a crop_pct
-    above 1); from 384 on the whole picture is resized to S×S, whatever its proportions. The image
-    processor does the same, so a model is evaluated on what it will be given later.
+    By the image processor's own `resize_rule`, with Pillow, to whose pixels the processor's are
+    equal: a model is evaluated on what it will be given later.
     """
-    picture = Image.fromarray(image)
-    if image_size >= 384:
-        return np.asarray(picture.resize((image_size, image_size), resample))
-    width, height = picture.size
-    short, long = min(width, height), max(width, height)
-    new_short = int(image_size / crop_pct)
-    new_long = int(new_short * long / short)
-    size = (new_short, new_long) if width <= height else (new_long, new_short)
-    picture = picture.resize(size, resample)
-    left, top = (picture.width - image_size) // 2, (picture.height - image_size) // 2
-    return np.asarray(picture.crop((left, top, left + image_size, top + image_size)))
+    resized, crop = resize_rule(image.shape[0], image.shape[1], image_size, crop_pct)
+    picture = Image.fromarray(image).resize(resized[::-1], resample)
+    if crop is not None:
+        top, left, height, width = crop
+        picture = picture.crop((left, top, left + width, top + height))
+    return np.asarray(picture)
 
 
 def _random_crop(

@@ -12,7 +12,7 @@ import os
 import struct
 import unicodedata
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypedDict
@@ -80,6 +80,28 @@ class Dataset:
     train: Source
     val: Source
     class_names: tuple[str, ...]
+
+
+def fingerprint(dataset: Dataset) -> dict[str, str]:
+    """A digest of the class names and of each split's example names and labels.
+
+    Two data sets with equal digests have the same examples under the same ids, as far as their
+    names tell; the pictures are not read.
+    """
+
+    def digest(lines: Iterable[str]) -> str:
+        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def split(source: Source) -> str:
+        return digest(
+            f"{label} {source.example_name(i)}" for i, label in enumerate(source.labels.tolist())
+        )
+
+    return {
+        "classes": digest(dataset.class_names),
+        "train": split(dataset.train),
+        "val": split(dataset.val),
+    }
 
 
 class ArraySource:
@@ -159,11 +181,11 @@ def load(name: str, **arguments: object) -> Dataset:
     return function(**arguments)
 
 
-def digits(test_fraction: float = 0.2, split_seed: int = 0) -> Dataset:
+def digits(val_fraction: float = 0.2, split_seed: int = 0) -> Dataset:
     """The 1,797 handwritten digits that scikit-learn carries, 8×8 grey, values 0..16 made 0..255.
 
     They are the test part of the UCI "Optical Recognition of Handwritten Digits" data set.
-    `val` is the stratified `test_fraction` of them that `split_seed` draws.
+    `val` is the stratified `val_fraction` of them that `split_seed` draws.
     """
     from sklearn.datasets import load_digits
 
@@ -171,7 +193,7 @@ def digits(test_fraction: float = 0.2, split_seed: int = 0) -> Dataset:
     images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
     labels = bunch.target
     held_out = stratified_split(
-        labels, [str(i) for i in range(len(labels))], test_fraction, split_seed
+        labels, [str(i) for i in range(len(labels))], val_fraction, split_seed
     )
 
     def part(mask: np.ndarray) -> ArraySource:
@@ -314,6 +336,8 @@ def stratified_split(
 
 
 def _existing_folder(folder: str | os.PathLike[str]) -> Path:
+    if not str(folder):
+        raise InputError("the data's folder is not set: give --config.data.folder=FOLDER")
     root = Path(folder).expanduser()
     if not root.exists():
         raise InputError(f"{root}: no such folder; check the path of the data")

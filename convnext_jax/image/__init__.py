@@ -2,7 +2,7 @@
 
 from convnext_jax.image.augment import normalize, random_flip, sample_crop
 from convnext_jax.image.decode import read_image, to_rgb
-from convnext_jax.image.processor import BatchFeature, ConvNextImageProcessor
+from convnext_jax.image.processor import BatchFeature, ConvNextImageProcessor, resize_rule
 from convnext_jax.image.resample import (
     ResizePlan,
     Taps,
@@ -24,6 +24,7 @@ __all__ = [
     "random_flip",
     "read_image",
     "resize",
+    "resize_rule",
     "sample_crop",
     "to_rgb",
 ]

@@ -34,14 +34,14 @@ def sample_crop(
     0.3.2, `RandomResizedCropAndInterpolation.get_params`), but no side is ever rounded to 0.
 
     Args:
-        rng: The source of randomness; how many numbers it gives varies.
-        height: Of the picture, in pixels.
-        width: Of the picture, in pixels.
-        scale: Smallest and largest area of the box, as a part of the picture's.
-        ratio: Smallest and largest width / height of the box.
+      rng: The source of randomness; how many numbers it gives varies.
+      height: Of the picture, in pixels.
+      width: Of the picture, in pixels.
+      scale: Smallest and largest area of the box, as a part of the picture's.
+      ratio: Smallest and largest width / height of the box.
 
     Returns:
-        (top, left, height, width) of the box, in pixels; it lies inside of the picture.
+      (top, left, height, width) of the box, in pixels; it lies inside of the picture.
     """
     for _ in range(10):
         area = rng.uniform(*scale) * height * width
@@ -64,12 +64,12 @@ def random_flip(key: jax.Array, images: jax.Array, p: float = 0.5) -> jax.Array:
     """Mirror each image left to right with probability `p`, independently of the others.
 
     Args:
-        key: A PRNG key.
-        images: [N, H, W, C] (or any other leading axes, or none), any dtype.
-        p: Probability of a flip.
+      key: A PRNG key.
+      images: [N, H, W, C] (or any other leading axes, or none), any dtype.
+      p: Probability of a flip.
 
     Returns:
-        The same shape and dtype.
+      The same shape and dtype.
     """
     flip = jax.random.bernoulli(key, p, images.shape[:-3])[..., None, None, None]
     return jnp.where(flip, images[..., ::-1, :], images)
@@ -84,16 +84,16 @@ def normalize(
     """Compute `(images / 255 - mean) / std`.
 
     Args:
-        images: [..., C] uint8 (or any number in 0 .. 255).
-        mean: Of the values in 0 .. 1: one number, or C.
-        std: Likewise.
-        dtype: Of the result. Arithmetic is done in float32 at least, and rounded to it at the end.
+      images: [..., C] uint8 (or any number in 0 .. 255).
+      mean: Of the values in 0 .. 1: one number, or C.
+      std: Likewise.
+      dtype: Of the result. Arithmetic is done in float32 at least, and rounded to it at the end.
 
     Returns:
-        [..., C] of that dtype.
+      [..., C] of that dtype.
 
     Raises:
-        InputError: Neither 1 nor C numbers.
+      InputError: Neither 1 nor C numbers.
     """
     compute = jnp.promote_types(dtype, jnp.float32)
 

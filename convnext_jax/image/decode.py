@@ -20,15 +20,15 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     the published networks were trained.
 
     Args:
-        path: A file of any format that Pillow reads.
+      path: A file of any format that Pillow reads.
 
     Returns:
-        [height, width, 3] uint8.
+      [height, width, 3] uint8.
 
     Raises:
-        InputError: The file is missing, is no picture, is damaged or cut short, has a pixel format
-            without a defined brightness, or has more pixels than Pillow's limit against
-            decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`, 89 million).
+      InputError: The file is missing, is no picture, is damaged or cut short, has a pixel format
+        without a defined brightness, or has more pixels than Pillow's limit against
+        decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`, 89 million).
     """
     path = os.fspath(path)
     try:
@@ -92,13 +92,13 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     EXIF orientation is left alone (`read_image` applies it).
 
     Args:
-        image: The picture; it is not changed.
+      image: The picture; it is not changed.
 
     Returns:
-        A picture of mode RGB and the same size; `image` itself if it is RGB without transparency.
+      A picture of mode RGB and the same size; `image` itself if it is RGB without transparency.
 
     Raises:
-        InputError: 32-bit pixels (mode F, or I outside of 0 .. 65535), for which no value is white.
+      InputError: 32-bit pixels (mode F, or I outside of 0 .. 65535), for which no value is white.
     """
     if image.mode.startswith("I"):
         grey = np.array(image)

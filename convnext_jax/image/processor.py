@@ -17,6 +17,7 @@ and normalising round where the original rounds. Where this class differs on pur
 
 import copy
 import functools
+import inspect
 import json
 import numbers
 import os
@@ -37,8 +38,8 @@ from convnext_jax.image.decode import to_rgb
 __all__ = ["BatchFeature", "ConvNextImageProcessor"]
 
 PROCESSOR_NAME = "preprocessor_config.json"
-IMAGENET_STANDARD_MEAN = [0.5, 0.5, 0.5]
-IMAGENET_STANDARD_STD = [0.5, 0.5, 0.5]
+IMAGENET_STANDARD_MEAN = (0.5, 0.5, 0.5)
+IMAGENET_STANDARD_STD = (0.5, 0.5, 0.5)
 # From this size on a picture is stretched to a square instead of being cropped.
 FIRST_WARPED_SIZE = 384
 
@@ -85,26 +86,26 @@ class ConvNextImageProcessor:
     """Resize, crop, rescale and normalise pictures for ConvNeXt.
 
     Args:
-        do_resize: Whether to resize (and crop).
-        size: {"shortest_edge": S} or S: the result is S x S. Below 384 the shorter side becomes
-            int(S / crop_pct) and the centre is cut out; from 384 on the picture is stretched.
-            Default 384.
-        crop_pct: The part of the shorter side that is kept below 384. Default 224 / 256.
-        resample: Pillow's filter: NEAREST 0, LANCZOS 1, BILINEAR 2, BICUBIC 3, BOX 4, HAMMING 5.
-            Default BILINEAR; the published networks were trained with BICUBIC, and their files
-            say so.
-        do_rescale: Whether to multiply by `rescale_factor`.
-        rescale_factor: Default 1 / 255.
-        do_normalize: Whether to subtract `image_mean` and divide by `image_std`, after rescaling.
-        image_mean: A number, or one for each channel. Default 0.5; the published networks were
-            trained with (0.485, 0.456, 0.406), and their files say so.
-        image_std: Likewise. Default 0.5; the published networks: (0.229, 0.224, 0.225).
-        do_convert_rgb: Whether `PIL.Image`s of other modes are converted to RGB by
-            `convnext_jax.image.to_rgb`; None is True. Arrays are taken as they are.
-        **kwargs: Anything else becomes an attribute, and stays in the JSON.
+      do_resize: Whether to resize (and crop).
+      size: {"shortest_edge": S} or S: the result is S x S. Below 384 the shorter side becomes
+        int(S / crop_pct) and the centre is cut out; from 384 on the picture is stretched.
+        Default 384.
+      crop_pct: The part of the shorter side that is kept below 384. Default 224 / 256.
+      resample: Pillow's filter: NEAREST 0, LANCZOS 1, BILINEAR 2, BICUBIC 3, BOX 4, HAMMING 5.
+        Default BILINEAR; the published networks were trained with BICUBIC, and their files
+        say so.
+      do_rescale: Whether to multiply by `rescale_factor`.
+      rescale_factor: Default 1 / 255.
+      do_normalize: Whether to subtract `image_mean` and divide by `image_std`, after rescaling.
+      image_mean: A number, or one for each channel. Default 0.5; the published networks were
+        trained with (0.485, 0.456, 0.406), and their files say so.
+      image_std: Likewise. Default 0.5; the published networks: (0.229, 0.224, 0.225).
+      do_convert_rgb: Whether `PIL.Image`s of other modes are converted to RGB by
+        `convnext_jax.image.to_rgb`; None is True. Arrays are taken as they are.
+      **kwargs: Anything else becomes an attribute, and stays in the JSON.
 
     Raises:
-        InputError: A size that is not understood. (Everything else is checked when it is used.)
+      InputError: A size that is not understood. (Everything else is checked when it is used.)
     """
 
     model_input_names = ["pixel_values"]
@@ -138,10 +139,12 @@ class ConvNextImageProcessor:
         self.do_rescale = do_rescale
         self.rescale_factor = rescale_factor
         self.do_normalize = do_normalize
-        self.image_mean = IMAGENET_STANDARD_MEAN if image_mean is None else _plain(image_mean)
-        self.image_std = IMAGENET_STANDARD_STD if image_std is None else _plain(image_std)
+        self.image_mean = _plain(IMAGENET_STANDARD_MEAN if image_mean is None else image_mean)
+        self.image_std = _plain(IMAGENET_STANDARD_STD if image_std is None else image_std)
         self.do_convert_rgb = True if do_convert_rgb is None else do_convert_rgb
         for name, value in kwargs.items():
+            if hasattr(type(self), name):
+                raise InputError(f"{name!r} cannot be a setting: it is a method here")
             setattr(self, name, value)
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
@@ -174,35 +177,35 @@ class ConvNextImageProcessor:
         it: in 8 bits, so that they keep their range but not their precision.
 
         Args:
-            images: A `PIL.Image`, an array [H, W, C] or [C, H, W] (numpy, JAX or torch), a list or
-                tuple of either, or an array of four axes. Values are expected in 0 .. 255; for
-                values in 0 .. 1 pass `do_rescale=False`.
-            do_resize: This and the next arguments replace the processor's own for this call.
-            size: See the class.
-            crop_pct: See the class.
-            resample: See the class.
-            do_rescale: See the class.
-            rescale_factor: See the class.
-            do_normalize: See the class.
-            image_mean: See the class.
-            image_std: See the class.
-            return_tensors: None for a list of numpy arrays; "np", "jax" or "pt" for one array of
-                numpy, JAX or PyTorch.
-            data_format: Layout of the result: "channels_first", "channels_last", or None for that
-                of the input.
-            input_data_format: Layout of the input. By default it is taken from the first picture,
-                for all: channels-first if the first axis is 1 or 3 long, else channels-last if the
-                last one is.
-            do_convert_rgb: See the class.
-            **kwargs: Anything else is ignored with a warning.
+          images: A `PIL.Image`, an array [H, W, C] or [C, H, W] (numpy, JAX or torch), a list or
+            tuple of either, or an array of four axes. Values are expected in 0 .. 255; for
+            values in 0 .. 1 pass `do_rescale=False`.
+          do_resize: This and the next arguments replace the processor's own for this call.
+          size: See the class.
+          crop_pct: See the class.
+          resample: See the class.
+          do_rescale: See the class.
+          rescale_factor: See the class.
+          do_normalize: See the class.
+          image_mean: See the class.
+          image_std: See the class.
+          return_tensors: None for a list of numpy arrays; "np", "jax" or "pt" for one array of
+            numpy, JAX or PyTorch.
+          data_format: Layout of the result: "channels_first", "channels_last", or None for that
+            of the input.
+          input_data_format: Layout of the input. By default it is taken from the first picture,
+            for all: channels-first if the first axis is 1 or 3 long, else channels-last if the
+            last one is.
+          do_convert_rgb: See the class.
+          **kwargs: Anything else is ignored with a warning.
 
         Returns:
-            A `BatchFeature` with `pixel_values`: [N, C, S, S] float32, or a list of N arrays. (The
-            dtype is that of the input if it is neither resized, rescaled nor uint8.)
+          A `BatchFeature` with `pixel_values`: [N, C, S, S] float32, or a list of N arrays. (The
+          dtype is that of the input if it is neither resized, rescaled nor uint8.)
 
         Raises:
-            InputError: Pictures or options that cannot be used, or pictures of different sizes
-                where one array is asked for.
+          InputError: Pictures or options that cannot be used, or pictures of different sizes
+            where one array is asked for.
         """
         if kwargs:
             warnings.warn(f"preprocess ignores {', '.join(sorted(kwargs))}", stacklevel=2)
@@ -227,8 +230,8 @@ class ConvNextImageProcessor:
         arrays = [_channels_last(array, layout) for array in arrays]
         for array in arrays:
             _check_channels(array, options)
-        low, high = arrays[0].min(), arrays[0].max()
-        if options.do_rescale and arrays[0].dtype != np.uint8 and low >= 0 and high <= 1:
+        first = arrays[0]
+        if options.do_rescale and first.dtype != np.uint8 and first.min() >= 0 and first.max() <= 1:
             warnings.warn(
                 "the values of the first picture lie in 0 .. 1 and will be rescaled again; "
                 "if they are rescaled already, pass do_rescale=False",
@@ -252,6 +255,13 @@ class ConvNextImageProcessor:
             }
         )
         options = options._replace(size=_size_dict(options.size), resample=_plain(options.resample))
+        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+            if not isinstance(getattr(options, name), bool | np.bool_ | int):
+                raise InputError(f"{name} must be true or false, not {getattr(options, name)!r}")
+        if not isinstance(options.resample, int):
+            raise InputError(
+                f"resample must be the number of one of Pillow's filters, not {options.resample!r}"
+            )
         if options.do_resize:
             if "shortest_edge" not in options.size:
                 raise InputError(
@@ -284,12 +294,12 @@ class ConvNextImageProcessor:
         """Build a processor from `to_dict`'s result, or from the original's.
 
         Args:
-            settings: The options by name.
-            return_unused_kwargs: Whether to return `(processor, unused)`.
-            **changes: Options that replace those in `settings`. Names that the processor does not
-                have are unused.
+          settings: The options by name.
+          return_unused_kwargs: Whether to return `(processor, unused)`.
+          **changes: Options that replace those in `settings`. Names that the processor does not
+            have are unused.
         """
-        known = set(cls(**settings).__dict__)
+        known = {*inspect.signature(cls).parameters, *settings}
         unused = {name: changes.pop(name) for name in set(changes) - known}
         processor = cls(**{**settings, **changes})
         if return_unused_kwargs:
@@ -326,13 +336,13 @@ class ConvNextImageProcessor:
         """Read a processor from a folder, a JSON file, or a repository of the Hugging Face hub.
 
         Args:
-            name_or_path: A folder that holds `preprocessor_config.json`, the path of such a file,
-                or a hub name such as "facebook/convnext-tiny-224".
-            **changes: Options to change, and `revision`, `cache_dir`, `local_files_only`, `token`,
-                which go to huggingface_hub. `return_unused_kwargs` as in `from_dict`.
+          name_or_path: A folder that holds `preprocessor_config.json`, the path of such a file,
+            or a hub name such as "facebook/convnext-tiny-224".
+          **changes: Options to change, and `revision`, `cache_dir`, `local_files_only`, `token`,
+            which go to huggingface_hub. `return_unused_kwargs` as in `from_dict`.
 
         Raises:
-            InputError: No such folder or repository, no such file in it, or not a processor.
+          InputError: No such folder or repository, no such file in it, or not a processor.
         """
         from convnext_jax.checkpoints import files  # needed here alone
 
@@ -495,22 +505,40 @@ def _rescale_and_normalize(pixels: np.ndarray, options: _Options) -> np.ndarray:
     return pixels
 
 
+def resize_rule(
+    height: int, width: int, size: int, crop_pct: float
+) -> tuple[tuple[int, int], tuple[int, int, int, int] | None]:
+    """How the original brings a picture to size x size.
+
+    Below 384 the shorter side is resized to int(size / crop_pct), the longer one in proportion, and
+    the centre is cut out; from 384 on the whole picture is resized, whatever its proportions.
+
+    Args:
+      height: Of the picture, in pixels.
+      width: Likewise.
+      size: Of the result.
+      crop_pct: The part of the shorter side that is kept.
+
+    Returns:
+      The (height, width) to resize to, and the (top, left, height, width) to keep of that, or
+      None for all. Top and left are negative where the resized picture is smaller than the crop:
+      it is then centred in zeros.
+    """
+    if size >= FIRST_WARPED_SIZE:
+        return (size, size), None
+    short = int(size / crop_pct)
+    if width <= height:
+        resized = (int(short * height / width), short)
+    else:
+        resized = (short, int(short * width / height))
+    top, left = ((side - size) // 2 for side in resized)
+    return resized, (top, left, size, size)
+
+
 def _resize_and_look_up(image: np.ndarray, options: _Options, channels_first: bool) -> jax.Array:
     """Resize, crop, rescale and normalise one picture [H, W, C], on the device."""
-    target = options.size["shortest_edge"]
     height, width, channels = image.shape
-    if target < FIRST_WARPED_SIZE:
-        short = int(target / options.crop_pct)
-        new_size = (
-            (int(short * height / width), short)
-            if width <= height
-            else (short, int(short * width / height))
-        )
-        # Negative where the picture is smaller than the crop: it is then centred in zeros.
-        top, left = ((side - target) // 2 for side in new_size)
-        crop = (top, left, target, target)
-    else:
-        new_size, crop = (target, target), None
+    new_size, crop = resize_rule(height, width, options.size["shortest_edge"], options.crop_pct)
     plan = resampling.plan_resize((height, width), new_size, options.resample, crop)
 
     pixels, was_scaled = _to_uint8(image)

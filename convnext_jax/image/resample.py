@@ -123,17 +123,17 @@ def plan_resize(
     """Compute how Pillow resizes a picture of one size to another, and optionally crops it.
 
     Args:
-        in_size: (height, width) before, in pixels. (Pillow's own order is width, height.)
-        out_size: (height, width) after, in pixels.
-        resample: A Pillow filter: NEAREST 0, LANCZOS 1, BILINEAR 2, BICUBIC 3, BOX 4, HAMMING 5.
-        crop: (top, left, height, width) of the part of the *resized* picture to keep. What lies
-            outside of the picture becomes 0, and what is cut away is never computed.
+      in_size: (height, width) before, in pixels. (Pillow's own order is width, height.)
+      out_size: (height, width) after, in pixels.
+      resample: A Pillow filter: NEAREST 0, LANCZOS 1, BILINEAR 2, BICUBIC 3, BOX 4, HAMMING 5.
+      crop: (top, left, height, width) of the part of the *resized* picture to keep. What lies
+        outside of the picture becomes 0, and what is cut away is never computed.
 
     Returns:
-        A plan of numpy arrays, with `out_size` (or the crop's size) outputs.
+      A plan of numpy arrays, with `out_size` (or the crop's size) outputs.
 
     Raises:
-        InputError: A side below 1 pixel or an unknown filter.
+      InputError: A side below 1 pixel or an unknown filter.
     """
     for size in (in_size, out_size):
         if min(size) < 1:
@@ -234,11 +234,11 @@ def pack(
     orientation share at most three shapes an octave; taps are padded to 8, 32, 128, ... a pixel.
 
     Args:
-        images: N arrays [H_i, W_i, C] uint8, C the same for all.
-        plans: N plans for them, all with the same number of outputs.
+      images: N arrays [H_i, W_i, C] uint8, C the same for all.
+      plans: N plans for them, all with the same number of outputs.
 
     Returns:
-        The pictures, [N, H, W, C] uint8, and one plan with a leading axis N; all numpy.
+      The pictures, [N, H, W, C] uint8, and one plan with a leading axis N; all numpy.
     """
     windows, packed = [], ([], [])
     for image, plan in zip(images, plans, strict=True):
@@ -282,15 +282,15 @@ def apply_plan(images: jax.Array, plan: ResizePlan) -> jax.Array:
     """Resize (and crop) images as planned by `plan_resize`.
 
     Args:
-        images: [..., H, W, C] uint8.
-        plan: A plan shared by all images, or one whose arrays have the leading axes of `images` in
-            front (as `pack` returns them).
+      images: [..., H, W, C] uint8.
+      plan: A plan shared by all images, or one whose arrays have the leading axes of `images` in
+        front (as `pack` returns them).
 
     Returns:
-        [..., n_rows, n_columns, C] uint8.
+      [..., n_rows, n_columns, C] uint8.
 
     Raises:
-        InputError: The images are not uint8.
+      InputError: The images are not uint8.
     """
     if images.dtype != jnp.uint8:
         raise InputError(f"resizing works on uint8 images, not {images.dtype}: convert them first")
@@ -414,16 +414,16 @@ def resize(
     them after: see `premultiply_alpha`.
 
     Args:
-        images: [..., H, W, C] uint8.
-        size: (height, width) of the result, in pixels. (Pillow's own order is width, height.)
-        resample: A Pillow filter: NEAREST 0, LANCZOS 1, BILINEAR 2, BICUBIC 3, BOX 4, HAMMING 5.
+      images: [..., H, W, C] uint8.
+      size: (height, width) of the result, in pixels. (Pillow's own order is width, height.)
+      resample: A Pillow filter: NEAREST 0, LANCZOS 1, BILINEAR 2, BICUBIC 3, BOX 4, HAMMING 5.
 
     Returns:
-        [..., height, width, C] uint8, equal to `PIL.Image.Image.resize` in every bit.
+      [..., height, width, C] uint8, equal to `PIL.Image.Image.resize` in every bit.
 
     Raises:
-        InputError: Images that are not uint8 or have less than 3 axes, a size below 1, an unknown
-            filter.
+      InputError: Images that are not uint8 or have less than 3 axes, a size below 1, an unknown
+        filter.
     """
     if images.ndim < 3:
         raise InputError(
@@ -436,10 +436,10 @@ def premultiply_alpha(images: jax.Array) -> jax.Array:
     """Multiply the colours by the last channel, as Pillow does before it filters LA and RGBA.
 
     Args:
-        images: [..., C] uint8, alpha last.
+      images: [..., C] uint8, alpha last.
 
     Returns:
-        The same shape, uint8, alpha unchanged.
+      The same shape, uint8, alpha unchanged.
     """
     colours, alpha = images[..., :-1].astype(jnp.int32), images[..., -1:]
     product = colours * alpha.astype(jnp.int32) + 128
@@ -451,10 +451,10 @@ def unpremultiply_alpha(images: jax.Array) -> jax.Array:
     """Divide the colours by the last channel, as Pillow does after it has filtered LA and RGBA.
 
     Args:
-        images: [..., C] uint8, alpha last.
+      images: [..., C] uint8, alpha last.
 
     Returns:
-        The same shape, uint8, alpha unchanged; colours where alpha is 0 are left as they are.
+      The same shape, uint8, alpha unchanged; colours where alpha is 0 are left as they are.
     """
     colours, alpha = images[..., :-1].astype(jnp.int32), images[..., -1:]
     divisor = jnp.maximum(alpha.astype(jnp.int32), 1)

@@ -2,6 +2,6 @@
 
 from convnext_jax.ops.activations import ACTIVATIONS, activation
 from convnext_jax.ops.depthwise_conv import depthwise_conv
-from convnext_jax.ops.drop_path import drop_path
+from convnext_jax.ops.drop_path import drop_path, own_part
 
-__all__ = ["ACTIVATIONS", "activation", "depthwise_conv", "drop_path"]
+__all__ = ["ACTIVATIONS", "activation", "depthwise_conv", "drop_path", "own_part"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -18,9 +20,20 @@ def drop_path(x: jax.Array, rate: float, key: jax.Array, axis_name: str | None =
         result does not depend on the number of devices.
     """
     local = x.shape[0]
-    count = local if axis_name is None else local * jax.lax.axis_size(axis_name)
-    keep = jax.random.bernoulli(key, 1.0 - rate, (count,))
-    if axis_name is not None:
-        keep = jax.lax.dynamic_slice_in_dim(keep, jax.lax.axis_index(axis_name) * local, local)
+    keep = own_part(lambda n: jax.random.bernoulli(key, 1.0 - rate, (n,)), local, axis_name)
     scale = jnp.where(keep, jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.asarray(0, x.dtype))
     return x * scale.reshape((local,) + (1,) * (x.ndim - 1))
+
+
+def own_part(draw: Callable[[int], jax.Array], local: int, axis_name: str | None) -> jax.Array:
+    """What `draw(n)` draws for the n samples of a batch, or the part of it for this device.
+
+    Args:
+      draw: gives an array of n entries along its first axis, the same ones on every device.
+      local: samples of the batch on this device.
+      axis_name: the mapped axis that the batch is split over, or None when it is not split.
+    """
+    if axis_name is None:
+        return draw(local)
+    drawn = draw(local * jax.lax.axis_size(axis_name))
+    return jax.lax.dynamic_slice_in_dim(drawn, jax.lax.axis_index(axis_name) * local, local)

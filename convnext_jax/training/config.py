@@ -6,7 +6,9 @@ locked, so that a key that does not exist is an error in the file and on the com
 
 from __future__ import annotations
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from convnext_jax.errors import InputError
 
 
 def default_config() -> ConfigDict:
@@ -20,7 +22,6 @@ def default_config() -> ConfigDict:
     # Fields of ConvNextConfig. The number of classes and their names come from the data.
     config.model = ConfigDict(
         {
-            "num_channels": 3,
             "patch_size": 4,
             "depths": (3, 3, 9, 3),
             "hidden_sizes": (96, 192, 384, 768),
@@ -38,7 +39,7 @@ def default_config() -> ConfigDict:
     config.crop_scale = (0.08, 1.0)  # area of the random crop, as a share of the picture
     config.crop_ratio = (3 / 4, 4 / 3)  # its width over its height
     config.flip = 0.5  # probability of a horizontal flip
-    config.crop_pct = 0.875  # evaluation: the centre that is kept after resizing; none from 384 on
+    config.crop_pct = 0.875  # evaluation: the centre kept after resizing; from 384 px on, all is
 
     config.batch_size = 4096  # over all devices
     config.epochs = 300.0
@@ -51,6 +52,7 @@ def default_config() -> ConfigDict:
     config.gradient_clip = 0.0  # largest global norm; 0 does not clip
     config.label_smoothing = 0.1
     config.ema_decay = 0.9999  # of the averaged weights, which are then what is exported; 0: none
+    config.ema_warmup = False  # let the decay grow from 0.1: for runs of a few thousand steps
 
     config.eval_every_epochs = 1.0  # besides the evaluation at the end
     config.eval_batch_size = 0  # over all devices; 0 takes batch_size
@@ -60,3 +62,46 @@ def default_config() -> ConfigDict:
     config.log_example_ids = False  # write the ids of each step's examples to examples.jsonl
     config.loader_threads = 16  # that decode pictures on this host
     return config.lock()
+
+
+def check(config: FrozenConfigDict) -> None:
+    """Refuses settings that no run can be made with, before anything is read or written.
+
+    Raises:
+      InputError: naming the setting, its value and what it may be.
+    """
+    triple = "three numbers"
+    rules = {
+        "seed": (config.seed >= 0, "0 or more"),
+        "dtype": (config.dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+        "image_size": (config.image_size > 0, "more than 0"),
+        "mean": (len(config.mean) == 3, triple),
+        "std": (len(config.std) == 3 and all(x > 0 for x in config.std), triple + " above 0"),
+        "crop_scale": (_is_range(config.crop_scale, 1), "(low, high) with 0 < low <= high <= 1"),
+        "crop_ratio": (_is_range(config.crop_ratio), "(low, high) with 0 < low <= high"),
+        "flip": (0 <= config.flip <= 1, "0 to 1"),
+        "crop_pct": (0 < config.crop_pct <= 1, "above 0 and at most 1"),
+        "epochs": (config.epochs > 0, "more than 0"),
+        "warmup_epochs": (config.warmup_epochs >= 0, "0 or more"),
+        "learning_rate": (config.learning_rate >= 0, "0 or more"),
+        "weight_decay": (config.weight_decay >= 0, "0 or more"),
+        "adam_betas": (
+            len(config.adam_betas) == 2 and all(0 <= beta < 1 for beta in config.adam_betas),
+            "two numbers from 0 to below 1",
+        ),
+        "gradient_clip": (config.gradient_clip >= 0, "0 or more"),
+        "label_smoothing": (0 <= config.label_smoothing < 1, "0 to below 1"),
+        "ema_decay": (0 <= config.ema_decay < 1, "0 to below 1"),
+        "eval_every_epochs": (config.eval_every_epochs > 0, "more than 0"),
+        "checkpoint_every_epochs": (config.checkpoint_every_epochs > 0, "more than 0"),
+        "keep_checkpoints": (config.keep_checkpoints > 0, "1 or more"),
+        "log_every_steps": (config.log_every_steps > 0, "1 or more"),
+        "loader_threads": (config.loader_threads > 0, "1 or more"),
+    }
+    for name, (holds, wanted) in rules.items():
+        if not holds:
+            raise InputError(f"{name} is {config[name]!r}: give {wanted}")
+
+
+def _is_range(bounds: tuple[float, ...], most: float = float("inf")) -> bool:
+    return len(bounds) == 2 and 0 < bounds[0] <= bounds[1] <= most

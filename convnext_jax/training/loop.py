@@ -14,6 +14,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,22 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import Image
 from tqdm import tqdm
 
+from convnext_jax.checkpoints.files import read_json
 from convnext_jax.configuration import ConvNextConfig
 from convnext_jax.data import pipeline, sources
 from convnext_jax.errors import InputError
 from convnext_jax.image import ConvNextImageProcessor
 from convnext_jax.modeling import ConvNextForImageClassification
 from convnext_jax.training import checkpointing, recipe, report
+from convnext_jax.training.config import check
 from convnext_jax.training.evaluation import Evaluation, evaluate, split
 from convnext_jax.training.metrics import METRICS_NAME, MetricsWriter, read_rows
 from convnext_jax.training.step import TrainState, eval_step, init_state, train_step
 
 AXIS = "batch"
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# What may differ when a run is continued, because the result does not depend on it.
+FREE_SETTINGS = {"keep_checkpoints", "loader_threads", "log_every_steps", "log_example_ids"}
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -55,6 +60,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
       FloatingPointError: when the loss is no longer finite.
     """
     config, workdir = FrozenConfigDict(config), Path(workdir)
+    check(config)
     dataset = sources.load(**config.data)
     model = build_model(config, dataset.class_names)
     plan = Plan(config, len(dataset.train))
@@ -87,7 +93,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         in_axes=(None, 0),
         out_axes=(None, 0),
     )
-    _open_workdir(workdir, config)
+    _open_workdir(workdir, config, sources.fingerprint(dataset))
     _print_plan(config, plan, dataset, state, workdir)
 
     with contextlib.ExitStack() as stack:
@@ -113,6 +119,11 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             batches.set_state(position)
             print(f"resumed from step {int(state.step)}")
         start = int(state.step)
+        if start > plan.total_steps:
+            raise InputError(
+                f"{workdir} holds step {start} of a run that ends at {plan.total_steps}: "
+                "give another --workdir"
+            )
         writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
         bar = stack.enter_context(
             tqdm(total=plan.total_steps, initial=start, unit="step", disable=None)
@@ -127,19 +138,23 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 batch_size=plan.eval_batch_size,
                 image_size=config.image_size,
                 crop_pct=config.crop_pct,
+                num_threads=config.loader_threads,
             )
-            return evaluate(p_eval_step, weights, examples, len(devices))
+            with contextlib.closing(examples):
+                return evaluate(p_eval_step, weights, examples, len(devices))
 
         def write_step(step: int, metrics: dict[str, jax.Array]) -> None:
             """Metrics of a step that the devices may still be at; waits for it."""
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            # Looked at every step, so that no checkpoint holds what came of it.
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+                raise FloatingPointError(
+                    f"the loss is {values['loss']} and its gradient's norm "
+                    f"{values['gradient_norm']} at step {step}: give another --workdir with a "
+                    "lower learning_rate, or with gradient_clip"
+                )
             if step % config.log_every_steps and step != plan.total_steps:
                 return
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            if not math.isfinite(values["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {values['loss']} at step {step}: lower learning_rate, or set "
-                    f"gradient_clip; checkpoints up to then are in {workdir / 'checkpoints'}"
-                )
             values["learning_rate"] = float(schedule(step - 1))
             writer.write(step, {f"train/{name}": value for name, value in values.items()})
             bar.set_postfix(loss=f"{values['loss']:.3f}", top1=f"{values['top1']:.3f}")
@@ -166,7 +181,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 jax.block_until_ready(state.params)
                 seconds = time.perf_counter() - tick
                 rate = (step - tick_step) * config.batch_size / seconds
-                writer.write_timing(step, {"seconds": seconds, "examples_per_second": rate})
+                if step > tick_step:
+                    writer.write_timing(step, {"seconds": seconds, "examples_per_second": rate})
                 last_evaluation = run_evaluation(state)
                 values = {
                     f"{name}/{metric}": value
@@ -175,9 +191,11 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 }
                 writer.write(step, values)
                 bar.write(_evaluation_line(step, plan, values, rate))
-                tick_step, tick = step, time.perf_counter()
             if save_due:
                 checkpointing.save(checkpoints, state, batches.get_state())
+            if evaluation_due or step == start + 1:  # the first step compiles
+                jax.block_until_ready(state.params)
+                tick_step, tick = step, time.perf_counter()
             bar.update()
 
         if last_evaluation is None:  # the run had already ended; its results are written again
@@ -227,8 +245,6 @@ def build_model(
     config: FrozenConfigDict, class_names: tuple[str, ...]
 ) -> ConvNextForImageClassification:
     """The network of a run, NHWC, over the axis of `jax.pmap`."""
-    if config.dtype not in DTYPES:
-        raise InputError(f"dtype is {config.dtype!r}: choose from {', '.join(DTYPES)}")
     model_config = ConvNextConfig(
         num_stages=len(config.model.depths),
         image_size=config.image_size,
@@ -240,23 +256,33 @@ def build_model(
     )
 
 
-def _open_workdir(workdir: Path, config: FrozenConfigDict) -> None:
-    """Writes config.json; a folder with another configuration is not touched."""
-    path = workdir / "config.json"
-    text = config.to_json_best_effort(indent=2)
-    if path.exists():
-        ours, theirs = json.loads(text), json.loads(path.read_text(encoding="utf-8"))
-        changed = sorted(_differences(ours, theirs))
+def _open_workdir(workdir: Path, config: FrozenConfigDict, data: dict[str, str]) -> None:
+    """Writes config.json and data.json; a folder with others is not touched."""
+    config_path, data_path = workdir / "config.json", workdir / "data.json"
+    partial = workdir / ".config.json.partial"
+    settings = json.loads(config.to_json_best_effort())
+    if config_path.exists():
+        changed = set(_differences(settings, read_json(config_path))) - FREE_SETTINGS
         if changed:
             raise InputError(
-                f"{workdir} holds a run with other settings ({', '.join(changed)}): "
+                f"{workdir} holds a run with other settings ({', '.join(sorted(changed))}): "
                 "give another --workdir, or the same settings to continue it"
             )
+        changed = set(_differences(data, read_json(data_path)))
+        if changed:
+            raise InputError(
+                f"the data of the run in {workdir} changed since ({', '.join(sorted(changed))}): "
+                "give another --workdir, or the same data to continue it"
+            )
         return
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    unfinished = {data_path.name, partial.name}  # left by a start that was cut short
+    if workdir.exists() and (not workdir.is_dir() or set(os.listdir(workdir)) - unfinished):
         raise InputError(f"{workdir} exists and is not the folder of a run: give another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    # The settings last and in one move: a folder that has them has both files whole.
+    data_path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, config_path)
 
 
 def _differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
@@ -323,10 +349,14 @@ def _write_results(
 
     examples = workdir / "examples"
     examples.mkdir(exist_ok=True)
-    for label, name in enumerate(dataset.class_names[:10]):
-        example = dataset.val[int(np.flatnonzero(dataset.val.labels == label)[0])]
-        file = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
-        Image.fromarray(example["image"]).save(examples / f"{file}.png")
+    files = [
+        "".join(c if c.isalnum() or c in "-_" else "_" for c in n) for n in dataset.class_names
+    ]
+    for label, file in enumerate(files[:10]):
+        of_class = np.flatnonzero(dataset.val.labels == label)
+        if of_class.size:  # a class may be too small to have held any out
+            name = file if files.count(file) == 1 else f"{file}_{label}"
+            Image.fromarray(dataset.val[int(of_class[0])]["image"]).save(examples / f"{name}.png")
 
     final: dict[str, Any] = {"steps": steps, "examples": len(dataset.val), "exported": exported}
     for name, evaluation in evaluations.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,7 @@ class MetricsWriter:
         self._folder = folder
         for name in (METRICS_NAME, TIMING_NAME, EXAMPLES_NAME):
             _keep_until(folder / name, resume_step)
-        self._tensorboard = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
-        )
+        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """A row of metrics, also for TensorBoard; `step` counts the optimizer steps done."""
@@ -69,4 +68,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _keep_until(path: Path, step: int) -> None:
     if path.exists():
         rows = [row for row in read_rows(path) if row["step"] <= step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        os.replace(partial, path)

@@ -51,7 +51,17 @@ def adamw(
     return optimizer
 
 
-def update_average(average: PyTree, params: PyTree, decay: float) -> PyTree:
+def average_decay(decay: float, step: jax.Array | int, warmup: bool) -> jax.Array | float:
+    """Decay of the moving average at a step, counted from 0.
+
+    The paper's is constant, which leaves mostly initial weights in the average of a run of a few
+    thousand steps. With the warm-up, which is not the paper's, it is at most
+    (1 + step) / (10 + step).
+    """
+    return jnp.minimum(decay, (1 + step) / (10 + step)) if warmup else decay
+
+
+def update_average(average: PyTree, params: PyTree, decay: jax.Array | float) -> PyTree:
     """The exponential moving average of the weights, one optimizer step on."""
     return jax.tree.map(lambda a, p: a * decay + p * (1 - decay), average, params)
 

@@ -8,7 +8,6 @@ run depends on the number of devices by the order of its sums alone, and needs n
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ import optax
 from flax import struct
 from ml_collections import FrozenConfigDict
 
+from convnext_jax import ops
 from convnext_jax.image.augment import normalize, random_flip
 from convnext_jax.modeling import ConvNextForImageClassification
 from convnext_jax.training import recipe
@@ -83,14 +83,17 @@ def train_step(
       `gradient_norm`.
     """
     axis_name = model.axis_name
-    crop_key, drop_path_key = jax.random.split(jax.random.fold_in(key, state.step))
-    image_keys = _own_part(lambda n: jax.random.split(crop_key, n), batch["image"], axis_name)
+    flip_key, drop_path_key = jax.random.split(jax.random.fold_in(key, state.step))
+    image_keys = ops.own_part(
+        lambda n: jax.random.split(flip_key, n), len(batch["image"]), axis_name
+    )
     images = jax.vmap(random_flip, (0, 0, None))(image_keys, batch["image"], config.flip)
     images = normalize(images, config.mean, config.std, model.dtype)
 
     def loss_of(params: PyTree) -> tuple[jax.Array, jax.Array]:
         rngs = {"drop_path": drop_path_key}
-        logits = model.apply({"params": params}, images, train=True, rngs=rngs).logits
+        outputs = model.apply({"params": params}, images, return_dict=True, train=True, rngs=rngs)
+        logits = outputs.logits
         losses = recipe.smoothed_cross_entropy(logits, batch["label"], config.label_smoothing)
         return losses.mean(), (logits.argmax(-1) == batch["label"]).mean()
 
@@ -102,7 +105,8 @@ def train_step(
     params = optax.apply_updates(state.params, updates)
     average = state.average
     if average is not None:
-        average = recipe.update_average(average, params, config.ema_decay)
+        decay = recipe.average_decay(config.ema_decay, state.step, config.ema_warmup)
+        average = recipe.update_average(average, params, decay)
     metrics = {"loss": loss, "top1": top1, "gradient_norm": optax.tree.norm(gradients)}
     return TrainState(state.step + 1, params, opt_state, average), metrics
 
@@ -127,7 +131,7 @@ def eval_step(
       the predicted class of each of this device's examples, (batch,) int32.
     """
     images = normalize(batch["image"], config.mean, config.std, model.dtype)
-    logits = model.apply({"params": params}, images).logits.astype(jnp.float32)
+    logits = model.apply({"params": params}, images, return_dict=True).logits.astype(jnp.float32)
     labels, mask = batch["label"], batch["mask"].astype(jnp.float32)
     right = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     # How many classes come first; among equals the lower index, as in argmax. Written by what comes
@@ -143,14 +147,3 @@ def eval_step(
     if model.axis_name is not None:
         sums = jax.lax.psum(sums, model.axis_name)
     return sums, logits.argmax(-1).astype(jnp.int32)
-
-
-def _own_part(
-    draw: Callable[[int], jax.Array], batch: jax.Array, axis_name: str | None
-) -> jax.Array:
-    """The part of this device in what `draw(n)` draws for the n examples of the whole batch."""
-    local = batch.shape[0]
-    if axis_name is None:
-        return draw(local)
-    drawn = draw(local * jax.lax.axis_size(axis_name))
-    return jax.lax.dynamic_slice_in_dim(drawn, jax.lax.axis_index(axis_name) * local, local)

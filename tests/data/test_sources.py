@@ -30,7 +30,7 @@ def raises_one_line(call: Callable[[], object], *parts: object) -> None:
 
 
 def test_load_passes_its_arguments_on():
-    data = sources.load("digits", test_fraction=0.5, split_seed=3)
+    data = sources.load("digits", val_fraction=0.5, split_seed=3)
     assert len(data.val) == round(1797 * 0.5)
 
 
@@ -43,7 +43,7 @@ def test_load_says_which_arguments_a_data_set_takes(arguments: dict):
     raises_one_line(
         lambda: sources.load("digits", **arguments), *[set(arguments) - {"split_seed"}][0]
     )
-    raises_one_line(lambda: sources.load("digits", **arguments), "test_fraction", "split_seed")
+    raises_one_line(lambda: sources.load("digits", **arguments), "val_fraction", "split_seed")
 
 
 # --- the held-out part ---

@@ -481,7 +481,7 @@ IMAGE = np.zeros((9, 9, 3), np.uint8)
         (IMAGE, {"crop_pct": 9}, "crop_pct must be"),
         (IMAGE, {"crop_pct": "0.5"}, "crop_pct must be"),
         (IMAGE, {"resample": 7}, "unknown resampling filter 7"),
-        (IMAGE, {"resample": "bicubic"}, "unknown resampling filter 'bicubic'"),
+        (IMAGE, {"resample": "bicubic"}, "resample must be the number .* not 'bicubic'"),
         (IMAGE, {"rescale_factor": "1"}, "rescale_factor"),
         (IMAGE, {"image_mean": [0.5, 0.5]}, r"image_mean=\[0.5, 0.5\] must be .* 3 channels"),
         (IMAGE, {"image_std": [0.5]}, "image_std"),

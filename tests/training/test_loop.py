@@ -27,7 +27,7 @@ def toy_config(**changes) -> ConfigDict:
     """Five epochs of a network of 2,700 parameters on the digits."""
     config = default_config()
     with config.unlocked():
-        config.data = ConfigDict({"name": "digits", "test_fraction": 0.2, "split_seed": 0})
+        config.data = ConfigDict({"name": "digits", "val_fraction": 0.2, "split_seed": 0})
     config.image_size = 8
     config.crop_pct = 1.0
     config.flip = 0.0
@@ -80,7 +80,7 @@ def test_exported_model_gives_the_reported_accuracy(finished):
     workdir, final = finished
     model, variables = ConvNextForImageClassification.from_pretrained(workdir / "model")
     processor = ConvNextImageProcessor.from_pretrained(workdir / "model")
-    held_out = sources.digits(test_fraction=0.2, split_seed=0).val
+    held_out = sources.digits(val_fraction=0.2, split_seed=0).val
     images = [held_out[i]["image"] for i in range(len(held_out))]
     pixels = processor(images, return_tensors="np")["pixel_values"]
     logits = jax.jit(model.apply)(variables, pixels).logits
@@ -151,6 +151,52 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
         loop.train(toy_config(learning_rate=1.0, model={"depths": (2,)}), workdir)
 
 
+def test_settings_that_change_no_result_may_differ(finished):
+    workdir, final = finished
+    assert loop.train(toy_config(loader_threads=1, keep_checkpoints=9), workdir) == final
+
+
+def test_damaged_settings_are_named(finished, tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(InputError, match=r"config\.json is not valid JSON"):
+        loop.train(toy_config(), tmp_path)
+
+
+def picture_tree(root: Path, counts: dict[str, int]) -> ConfigDict:
+    """A folder of noise pictures, and the settings to train one epoch on it."""
+    rng = np.random.default_rng(0)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = rng.integers(0, 256, (9, 12, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.png")
+    config = toy_config(batch_size=8, epochs=1.0, warmup_epochs=0.0)
+    with config.unlocked():
+        config.data = ConfigDict(
+            {"name": "image_folder", "folder": str(root), "val_fraction": 0.25, "split_seed": 0}
+        )
+    return config
+
+
+def test_class_without_a_held_out_picture_ends_well(tmp_path):
+    config = picture_tree(tmp_path / "photos", {"cat": 8, "dog": 8, "rare": 1, "a b": 4, "a_b": 4})
+    loop.train(config, tmp_path / "run")
+    names = {path.name for path in (tmp_path / "run" / "examples").iterdir()}
+    assert names == {"a_b_0.png", "a_b_1.png", "cat.png", "dog.png"}
+
+
+def test_run_does_not_continue_on_other_data(tmp_path):
+    config = picture_tree(tmp_path / "photos", {"cat": 8, "dog": 8})
+    loop.train(config, tmp_path / "run")
+    model = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "photos" / "cat").rename(tmp_path / "photos" / "zebra")
+    with pytest.raises(
+        InputError, match=r"data of the run .* changed since \(classes, train, val\)"
+    ):
+        loop.train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == model
+
+
 def test_folder_that_is_no_run_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="not the folder of a run"):
@@ -165,6 +211,15 @@ def test_folder_that_is_no_run_is_left_alone(tmp_path):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"warmup_epochs": 6.0}, "warmup_epochs is 6.0 of 5.0"),
         ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"epochs": 0.0}, "^epochs is 0.0"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"crop_pct": 0.0}, "crop_pct is 0.0"),
+        ({"crop_scale": (0.5, 1.5)}, "crop_scale is"),
+        ({"adam_betas": (0.9,)}, "adam_betas is"),
+        ({"mean": (0.5,)}, "mean is"),
+        ({"log_every_steps": 0}, "log_every_steps is 0"),
+        ({"eval_every_epochs": 0.0}, "eval_every_epochs is 0.0"),
         ({"data": {"name": "digit"}}, "digit"),
         ({"model": {"hidden_act": "gleu"}}, "there is no activation 'gleu'"),
     ],
@@ -177,7 +232,7 @@ def test_wrong_settings_say_so_and_write_nothing(changes, message, tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d+"):
+    with pytest.raises(FloatingPointError, match=r"the loss is \S+ and its gradient.* at step \d+"):
         loop.train(toy_config(learning_rate=1e30, warmup_epochs=0.0), tmp_path / "run")
 
 
@@ -206,6 +261,7 @@ def run_train(*flags: str, cwd: Path) -> subprocess.CompletedProcess:
         (["--confg=x"], "confg"),
         (["--config=configs/absent.py"], "absent.py"),
         ([f"--config={ROOT}/configs/image_folder.py", "--config.data.folder=absent"], "absent"),
+        ([f"--config={ROOT}/configs/image_folder.py"], "--config.data.folder=FOLDER"),
     ],
 )
 def test_wrong_flag_is_one_line_and_status_2(flags, said, tmp_path):
@@ -252,7 +308,7 @@ def test_digits_killed_in_the_middle_reach_98_percent_too(tmp_path):
     assert rows[: len(seen)] == seen
     # The stream is the epochs end to end, each holding every example once.
     ids = np.concatenate([row["ids"] for row in rows])
-    count = len(sources.digits(test_fraction=0.2, split_seed=0).train)
+    count = len(sources.digits(val_fraction=0.2, split_seed=0).train)
     for start in range(0, len(ids) - count + 1, count):
         assert sorted(ids[start : start + count]) == list(range(count))
     final = json.loads((workdir / "metrics.json").read_text())

@@ -89,6 +89,13 @@ def test_average_follows_the_weights():
     np.testing.assert_allclose(average["w"], [1.1], rtol=1e-6)
 
 
+def test_average_decay_is_constant_or_grows_to_its_value():
+    assert recipe.average_decay(0.9999, 3, warmup=False) == 0.9999
+    steps = [0, 8, 89, 10**6]
+    decays = [float(recipe.average_decay(0.9999, step, warmup=True)) for step in steps]
+    np.testing.assert_allclose(decays, [1 / 10, 9 / 18, 90 / 99, 0.9999], rtol=1e-6)
+
+
 def test_smoothed_cross_entropy_equals_the_definition():
     logits = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
     labels = np.array([0, 3, 4, 3])

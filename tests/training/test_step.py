@@ -140,7 +140,7 @@ class FixedLogits:
     axis_name = None
     dtype = jnp.float32
 
-    def apply(self, variables, images):
+    def apply(self, variables, images, return_dict):
         from convnext_jax.outputs import ImageClassifierOutputWithNoAttention as Output
 
         return Output(logits=images.reshape(len(images), -1)[:, :7] * variables["params"])
