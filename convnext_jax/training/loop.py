@@ -261,7 +261,7 @@ def _open_workdir(workdir: Path, config: FrozenConfigDict, data: dict[str, str])
     config_path, data_path = workdir / "config.json", workdir / "data.json"
     partial = workdir / ".config.json.partial"
     settings = json.loads(config.to_json_best_effort())
-    if config_path.exists():
+    if any((workdir / "checkpoints").glob("[0-9]*")):  # otherwise there is nothing to continue
         changed = set(_differences(settings, read_json(config_path))) - FREE_SETTINGS
         if changed:
             raise InputError(
@@ -275,11 +275,11 @@ def _open_workdir(workdir: Path, config: FrozenConfigDict, data: dict[str, str])
                 "give another --workdir, or the same data to continue it"
             )
         return
-    unfinished = {data_path.name, partial.name}  # left by a start that was cut short
-    if workdir.exists() and (not workdir.is_dir() or set(os.listdir(workdir)) - unfinished):
+    is_run = config_path.exists() or data_path.exists()
+    if workdir.exists() and (not workdir.is_dir() or (any(workdir.iterdir()) and not is_run)):
         raise InputError(f"{workdir} exists and is not the folder of a run: give another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    # The settings last and in one move: a folder that has them has both files whole.
+    # The settings in one move and last: a folder that has checkpoints has both files whole.
     data_path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, config_path)

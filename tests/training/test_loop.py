@@ -156,10 +156,21 @@ def test_settings_that_change_no_result_may_differ(finished):
     assert loop.train(toy_config(loader_threads=1, keep_checkpoints=9), workdir) == final
 
 
-def test_damaged_settings_are_named(finished, tmp_path):
+def test_damaged_settings_are_named(tmp_path):
+    (tmp_path / "checkpoints" / "22").mkdir(parents=True)
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(InputError, match=r"config\.json is not valid JSON"):
         loop.train(toy_config(), tmp_path)
+
+
+def test_run_that_saved_nothing_may_start_again_with_other_data(tmp_path):
+    config = picture_tree(tmp_path / "photos", {"cat": 8, "dog": 8})
+    broken = tmp_path / "photos" / "dog" / "broken.png"
+    broken.write_bytes(b"no picture")
+    with pytest.raises(InputError, match=r"broken\.png"):
+        loop.train(config, tmp_path / "run")
+    broken.unlink()
+    assert loop.train(config, tmp_path / "run")["steps"] == 1
 
 
 def picture_tree(root: Path, counts: dict[str, int]) -> ConfigDict:
