@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 32
     config.epochs = 40.0
     config.warmup_epochs = 4.0
-    config.learning_rate = 1e-3
+    config.learning_rate = 2e-3
     config.ema_decay = 0.99
     config.eval_every_epochs = 4.0
     config.checkpoint_every_epochs = 4.0
