@@ -5,7 +5,7 @@ from convnext_jax import ConvNextForImageClassification, ConvNextImageProcessor
 
 from convnext_jax.configuration import ConvNextConfig
 from convnext_jax.errors import InputError
-from convnext_jax.image.processor import ConvNextImageProcessor
+from convnext_jax.image.processor import ConvNextFeatureExtractor, ConvNextImageProcessor
 from convnext_jax.modeling import (
     ConvNextBackbone,
     ConvNextForImageClassification,
@@ -15,6 +15,7 @@ from convnext_jax.modeling import (
 __all__ = [
     "ConvNextBackbone",
     "ConvNextConfig",
+    "ConvNextFeatureExtractor",
     "ConvNextForImageClassification",
     "ConvNextImageProcessor",
     "ConvNextModel",

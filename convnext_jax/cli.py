@@ -1,8 +1,10 @@
 """The command `convnext-jax`.
 
     convnext-jax classify MODEL IMAGE [IMAGE ...] [--json] [--top 5]
+    convnext-jax convert SOURCE FOLDER [--preset NAME] [--config FILE] [--labels FILE] [--size 224]
 
-MODEL is a folder or a hub name. What the user got wrong is one line on stderr and exit status 2.
+MODEL is a folder or a hub name, and so is SOURCE, or one file of weights. What the user got wrong
+is one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from convnext_jax.errors import InputError
 
@@ -21,9 +23,16 @@ from convnext_jax.errors import InputError
 BATCH = 8
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line; the usage is behind -h."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} -h)\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a subcommand; the exit status."""
-    parser = argparse.ArgumentParser(prog="convnext-jax", description="ConvNeXt in JAX.")
+    parser = OneLineParser(prog="convnext-jax", description="ConvNeXt in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     classify_parser = commands.add_parser(
         "classify", help="name what is in pictures", description="Names what is in pictures."
@@ -34,9 +43,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     classify_parser.add_argument(
         "--top", type=_positive, default=5, metavar="K", help="classes a picture (default 5)"
     )
+    classify_parser.set_defaults(run=classify_command)
+    convert_parser = commands.add_parser(
+        "convert",
+        help="make any published ConvNeXt a folder that loads here and in transformers",
+        description="Writes config.json, model.safetensors and preprocessor_config.json of a "
+        "checkpoint of Hugging Face, timm, torchvision or the original repositories.",
+    )
+    convert_parser.add_argument(
+        "source", metavar="SOURCE", help="a file of weights, a folder with one, or a hub name"
+    )
+    convert_parser.add_argument("folder", metavar="FOLDER", help="where to write")
+    convert_parser.add_argument(
+        "--preset", metavar="NAME", help="refuse a network of other widths than these: tiny, ..."
+    )
+    convert_parser.add_argument(
+        "--config", metavar="FILE", help="a config.json, for what the source does not say"
+    )
+    convert_parser.add_argument(
+        "--labels", metavar="FILE", help="names of the classes: a JSON list, or an object by index"
+    )
+    convert_parser.add_argument(
+        "--size", type=_positive, metavar="PIXELS", help="side of the pictures it was trained on"
+    )
+    convert_parser.add_argument(
+        "--ema", action="store_true", help="the averaged weights of a training run's file"
+    )
+    convert_parser.add_argument("--revision", metavar="NAME", help="of the hub repository")
+    convert_parser.set_defaults(run=convert_command)
     options = parser.parse_args(arguments)
     try:
-        classify_command(options)
+        options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -102,7 +139,9 @@ def classify(model_name: str, paths: Sequence[str], top: int = 5) -> Iterator[di
     for start in range(0, len(paths), batch_size):
         part = paths[start : start + batch_size]
         images = [read_image(Path(path)) for path in part]
-        pixels = processor(images, return_tensors="np")["pixel_values"]
+        pixels = processor(images, return_tensors="np", input_data_format="channels_last")[
+            "pixel_values"
+        ]
         filling = np.zeros((batch_size - len(part), *pixels.shape[1:]), pixels.dtype)
         probabilities, indices = jax.device_get(
             top_classes(variables, np.concatenate([pixels, filling]))
@@ -119,10 +158,38 @@ def classify(model_name: str, paths: Sequence[str], top: int = 5) -> Iterator[di
             yield {"image": path, "predictions": predictions}
 
 
+def convert_command(options: argparse.Namespace) -> None:
+    """Writes the folder and says in a line what is in it."""
+    from convnext_jax.convert import convert
+
+    made = convert(
+        options.source,
+        options.folder,
+        preset=options.preset,
+        config=options.config,
+        labels=options.labels,
+        size=options.size,
+        averaged=options.ema,
+        revision=options.revision,
+    )
+    config = made.model.config
+    for remark in made.remarks:
+        print(f"convnext-jax: note: {remark}", file=sys.stderr)
+    print(
+        f"{options.folder}: {type(made.model).__name__}, {config.model_type}, widths "
+        f"{'-'.join(map(str, config.hidden_sizes))}, depths {'-'.join(map(str, config.depths))}, "
+        f"{made.classes} classes, {made.parameters:,} parameters, from the names of "
+        f"{made.publisher}"
+    )
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError("give a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return value
 
 

@@ -2,6 +2,16 @@
 
 Semantics follow `ConvNextConfig` of transformers 4.37.2 (`configuration_convnext.py` and the fields
 it inherits). Where this differs from it, the difference is said in the docstring of the class.
+
+One class serves the architectures that differ from ConvNeXt in a detail or two, told apart by
+`model_type`:
+
+* "convnext": "A ConvNet for the 2020s" (arXiv:2201.03545);
+* "convnextv2": global response normalisation in place of layer scale (arXiv:2301.00808);
+* "dinov3_convnext": the distilled backbones of DINOv3 (arXiv:2508.10104), which differ in their
+  epsilons, in the names of their files and in what a backbone returns;
+* "convnext_isotropic": the first paper's section 3.3, one stage of 16x16 patches and no norm after
+  them. Hugging Face has no such architecture.
 """
 
 from __future__ import annotations
@@ -17,11 +27,14 @@ from flax.core import FrozenDict
 from convnext_jax.errors import InputError
 
 CONFIG_NAME = "config.json"
+MODEL_TYPES = ("convnext", "convnextv2", "dinov3_convnext", "convnext_isotropic")
+MAX_LABELS = 1_000_000  # each has a name in the configuration
+MAX_NESTING = 100  # of unknown keys, so that no later step runs out of stack
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# Widths and depths of the paper's networks (Table 9 and appendix A.1 of "A ConvNet for the 2020s",
-# arXiv:2201.03545) and of timm's smaller ones (timm/models/convnext.py).
-PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
+# Widths and depths of the paper's networks (Table 9 and section 3.3 of arXiv:2201.03545), of timm's
+# smaller ones (timm/models/convnext.py) and of ConvNeXt V2's largest (arXiv:2301.00808).
+PRESETS: dict[str, dict[str, Any]] = {
     "atto": {"depths": (2, 2, 6, 2), "hidden_sizes": (40, 80, 160, 320)},
     "femto": {"depths": (2, 2, 6, 2), "hidden_sizes": (48, 96, 192, 384)},
     "pico": {"depths": (2, 2, 6, 2), "hidden_sizes": (64, 128, 256, 512)},
@@ -31,6 +44,11 @@ PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
     "base": {"depths": (3, 3, 27, 3), "hidden_sizes": (128, 256, 512, 1024)},
     "large": {"depths": (3, 3, 27, 3), "hidden_sizes": (192, 384, 768, 1536)},
     "xlarge": {"depths": (3, 3, 27, 3), "hidden_sizes": (256, 512, 1024, 2048)},
+    "huge": {"depths": (3, 3, 27, 3), "hidden_sizes": (352, 704, 1408, 2816)},
+    # Without layer scale, but for the large one, whose published weights have it.
+    "isotropic_small": {"depths": (18,), "hidden_sizes": (384,), "layer_scale_init_value": 0.0},
+    "isotropic_base": {"depths": (18,), "hidden_sizes": (768,), "layer_scale_init_value": 0.0},
+    "isotropic_large": {"depths": (36,), "hidden_sizes": (1024,)},
 }
 
 
@@ -40,14 +58,18 @@ class ConvNextConfig:
     Args:
       num_channels: channels of the input picture.
       patch_size: side of the stem's patches and their stride, in pixels; an int or (height, width).
-      num_stages: number of stages; `hidden_sizes` and `depths` have this length.
+        Default 4; 16 for an isotropic network.
+      num_stages: number of stages; `hidden_sizes` and `depths` have this length. Default 4; 1 for
+        an isotropic network; as many as `depths` has for DINOv3, whose files do not say.
       hidden_sizes: width of each stage. Default (96, 192, 384, 768).
       depths: number of blocks of each stage. Default (3, 3, 9, 3).
       hidden_act: activation inside the blocks: a name of `convnext_jax.ops.ACTIVATIONS` or a
         callable (which JSON cannot hold).
       initializer_range: standard deviation of the normal initialisation of kernels.
       layer_norm_eps: epsilon of the final LayerNorm alone; all others use 1e-6, as the original.
-      layer_scale_init_value: initial layer scale; no layer scale at all when <= 0.
+        Default 1e-12; 1e-6 for DINOv3, where it holds for every norm, and isotropic networks.
+      layer_scale_init_value: initial layer scale; no layer scale at all when <= 0 (DINOv3 always
+        has one). ConvNeXt V2 has none: the field is 0 there.
       drop_path_rate: rate of stochastic depth of the last block; it grows linearly from 0.
       image_size: side of the input (or (height, width)) used to initialise the variables. Any other
         size can be given at the call.
@@ -61,6 +83,7 @@ class ConvNextConfig:
         "single_label_classification", "multi_label_classification" or None, inferred at the call.
       return_dict: default of the models' argument of that name.
       output_hidden_states: default of the models' argument of that name.
+      model_type: which architecture, one of `MODEL_TYPES`.
       **extra: any other key of a config.json; kept, readable as an attribute, and written back.
 
     Raises:
@@ -76,13 +99,13 @@ class ConvNextConfig:
     def __init__(
         self,
         num_channels: int = 3,
-        patch_size: int | Sequence[int] = 4,
-        num_stages: int = 4,
+        patch_size: int | Sequence[int] | None = None,
+        num_stages: int | None = None,
         hidden_sizes: Sequence[int] | None = None,
         depths: Sequence[int] | None = None,
         hidden_act: str | Callable = "gelu",
         initializer_range: float = 0.02,
-        layer_norm_eps: float = 1e-12,
+        layer_norm_eps: float | None = None,
         layer_scale_init_value: float = 1e-6,
         drop_path_rate: float = 0.0,
         image_size: int | Sequence[int] = 224,
@@ -95,9 +118,22 @@ class ConvNextConfig:
         problem_type: str | None = None,
         return_dict: bool = True,
         output_hidden_states: bool = False,
+        model_type: str = "convnext",
         **extra: Any,
     ):
+        if model_type not in MODEL_TYPES:
+            raise InputError(f"model_type is {model_type!r}: choose from {', '.join(MODEL_TYPES)}")
+        isotropic, dinov3 = model_type == "convnext_isotropic", model_type == "dinov3_convnext"
+        if num_stages is None:
+            known = depths if depths is not None else hidden_sizes
+            num_stages = len(known) if dinov3 and isinstance(known, Sequence) else 4
+            num_stages = 1 if isotropic else num_stages
+        if patch_size is None:
+            patch_size = 16 if isotropic else 4
+        if layer_norm_eps is None:
+            layer_norm_eps = 1e-6 if isotropic or dinov3 else 1e-12
         fields: dict[str, Any] = {
+            "model_type": model_type,
             "num_channels": _positive_int("num_channels", num_channels),
             "patch_size": _side("patch_size", patch_size),
             "num_stages": _positive_int("num_stages", num_stages),
@@ -116,6 +152,12 @@ class ConvNextConfig:
                     f"{name} has {len(fields[name])} entries and num_stages is {num_stages}: "
                     "give one entry a stage"
                 )
+        if isotropic and num_stages != 1:
+            raise InputError(f"num_stages is {num_stages}: an isotropic network has one stage")
+        if dinov3 and fields["patch_size"] != 4:
+            raise InputError(f"patch_size is {patch_size}: that of a DINOv3 ConvNeXt is 4")
+        if model_type == "convnextv2":
+            fields["layer_scale_init_value"] = 0.0
         if not isinstance(hidden_act, str) and not callable(hidden_act):
             raise InputError(f"hidden_act is {hidden_act!r}: give a name or a callable")
         if problem_type is not None and problem_type not in PROBLEM_TYPES:
@@ -131,7 +173,6 @@ class ConvNextConfig:
         fields["problem_type"] = problem_type
         fields["return_dict"] = bool(return_dict)
         fields["output_hidden_states"] = bool(output_hidden_states)
-        extra.pop("model_type", None)
         extra.pop("stage_names", None)  # derived; files written by the original carry it
         reserved = [name for name in extra if hasattr(type(self), name)]
         if reserved:
@@ -151,12 +192,19 @@ class ConvNextConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ConvNextConfig:
-        """The paper's tiny, small, base, large, xlarge or timm's atto, femto, pico, nano.
+        """A network of known widths and depths.
 
-        Only widths and depths come from the name: give `num_labels=1000` for an ImageNet-1k head.
+        Args:
+          name: the paper's "tiny", "small", "base", "large", "xlarge"; timm's "atto", "femto",
+            "pico", "nano"; ConvNeXt V2's "huge"; "isotropic_small", "isotropic_base",
+            "isotropic_large".
+          **changes: further fields: `model_type="convnextv2"` for a V2 of these widths,
+            `num_labels=1000` for an ImageNet-1k head.
         """
         if name not in PRESETS:
             raise InputError(f"there is no preset {name!r}: choose from {', '.join(PRESETS)}")
+        if name.startswith("isotropic_"):
+            changes = {"model_type": "convnext_isotropic", **changes}
         return cls(**{**PRESETS[name], **changes})
 
     def replace(self, **changes: Any) -> ConvNextConfig:
@@ -184,11 +232,12 @@ class ConvNextConfig:
         # Hugging Face rebuilds the two default labels by itself and leaves them out too.
         if self.id2label == _label_maps(None, None, None)[0]:
             del fields["id2label"], fields["label2id"]
-        return {
-            "model_type": self.model_type,
-            "stage_names": list(self.stage_names),
-            **fields,
-        }
+        # What Hugging Face's classes of these names do not have.
+        if self.model_type == "convnextv2":
+            del fields["layer_scale_init_value"]
+        if self.model_type == "dinov3_convnext":
+            del fields["patch_size"], fields["num_stages"]
+        return {"stage_names": list(self.stage_names), **fields}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], **changes: Any) -> ConvNextConfig:
@@ -197,11 +246,10 @@ class ConvNextConfig:
         Raises:
           InputError: when it is the configuration of another architecture.
         """
-        values = dict(values)
         model_type = values.get("model_type", cls.model_type)
-        if model_type != cls.model_type:
+        if model_type not in MODEL_TYPES:
             raise InputError(
-                f"model_type is {model_type!r}, not {cls.model_type!r}: "
+                f"model_type is {model_type!r}, none of {', '.join(MODEL_TYPES)}: "
                 "this is the configuration of another architecture"
             )
         config = cls(**values)
@@ -303,6 +351,7 @@ def _positive_int(name: str, value: Any) -> int:
 
 def _number(name: str, value: Any, low: float | None = None, below: float | None = None) -> float:
     bad = isinstance(value, bool) or not isinstance(value, int | float)
+    bad = bad or not -1e300 < value < 1e300  # NaN, infinity, integers that no float can hold
     if bad or (low is not None and not value >= low) or (below is not None and not value < below):
         bounds = "a number" + (f" >= {low}" if low is not None else "")
         bounds += f" and < {below}" if below is not None else ""
@@ -369,10 +418,19 @@ def _check_order(name: str, given: Sequence, positions: list[int]) -> None:
 def _label_maps(
     num_labels: int | None, id2label: Mapping | None, label2id: Mapping | None
 ) -> tuple[FrozenDict, FrozenDict]:
+    if label2id is not None:
+        try:
+            label2id = {str(label): int(index) for label, index in label2id.items()}
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(
+                f"label2id is no mapping of names to whole numbers ({error}): give one, or None"
+            ) from error
     if id2label is None:
         count = 2 if num_labels is None else num_labels
         if isinstance(count, bool) or not hasattr(count, "__index__") or count.__index__() < 0:
             raise InputError(f"num_labels is {num_labels!r}: give a whole number of at least 0")
+        if count > MAX_LABELS:
+            raise InputError(f"num_labels is {num_labels!r}: there can be {MAX_LABELS} at most")
         if label2id is not None and len(label2id) == count:
             id2label = {index: label for label, index in label2id.items()}
         else:
@@ -384,7 +442,7 @@ def _label_maps(
             )
         try:
             id2label = {int(index): str(label) for index, label in id2label.items()}
-        except ValueError as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"id2label has a key that is no whole number: {error}") from error
         if num_labels is not None and num_labels != len(id2label):
             warnings.warn(
@@ -397,11 +455,13 @@ def _label_maps(
     return FrozenDict(id2label), FrozenDict(label2id)
 
 
-def _freeze(value: Any) -> Any:
+def _freeze(value: Any, depth: int = 0) -> Any:
+    if depth > MAX_NESTING:
+        raise InputError(f"a key of the configuration is nested more than {MAX_NESTING} deep")
     if isinstance(value, Mapping):
-        return FrozenDict({key: _freeze(entry) for key, entry in value.items()})
+        return FrozenDict({key: _freeze(entry, depth + 1) for key, entry in value.items()})
     if isinstance(value, list | tuple):
-        return tuple(_freeze(entry) for entry in value)
+        return tuple(_freeze(entry, depth + 1) for entry in value)
     return value
 
 

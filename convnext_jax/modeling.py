@@ -3,7 +3,8 @@
 "A ConvNet for the 2020s" (Liu et al., arXiv:2201.03545), with the names, arguments, numerics and
 parameter tree of Hugging Face's `modeling_convnext.py` (transformers 4.37.2). Inside, everything is
 NHWC; the three classes that Hugging Face documents, at the end of the file, take and return NCHW
-unless told `data_format="channels_last"`.
+unless told `data_format="channels_last"`. Where ConvNeXt V2, DINOv3's ConvNeXt and the isotropic
+networks differ, the code asks for `config.model_type`.
 
 Randomness comes from the stream "drop_path" alone:
 
@@ -31,7 +32,7 @@ from convnext_jax.outputs import (
 )
 
 # Every norm but the last has this epsilon, whatever `config.layer_norm_eps` says: so does the
-# original, whose field reaches the final norm alone.
+# original, whose field reaches the final norm alone. (DINOv3's reaches all of them.)
 EPSILON = 1e-6
 KERNEL_SIZE = 7
 EXPANSION = 4
@@ -91,8 +92,11 @@ class ConvNextModule(nn.Module):
 
     @nn.nowrap
     def _norm(
-        self, name: str, epsilon: float = EPSILON, dtype: DTypeLike | None = None
+        self, name: str, epsilon: float | None = None, dtype: DTypeLike | None = None
     ) -> nn.Module:
+        if epsilon is None:
+            is_dinov3 = self.config.model_type == "dinov3_convnext"
+            epsilon = self.config.layer_norm_eps if is_dinov3 else EPSILON
         # The two-pass variance: E[x²] - E[x]² cancels, and with the final norm's epsilon of 1e-12
         # nothing covers what is left.
         return nn.LayerNorm(
@@ -127,11 +131,36 @@ class ConvNextEmbeddings(ConvNextModule):
         x = self._patches(config.hidden_sizes[0], config.patch_size, "patch_embeddings")(
             pixel_values
         )
-        return self._norm("layernorm")(x)
+        return x if config.model_type == "convnext_isotropic" else self._norm("layernorm")(x)
+
+
+class GlobalResponseNorm(ConvNextModule):
+    """Each channel's share in the energy of its picture, as a gain (ConvNeXt V2, algorithm 1).
+
+    (N, H, W, C) to the same; its parameters start at 0, where it is the identity.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale, bias = (
+            self.param(name, nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+            for name in ("scale", "bias")
+        )
+        x, scale, bias = promote_dtype(x, scale, bias, dtype=self.dtype)
+        # The sum of squares over a map overflows f16 and is coarse in bf16.
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        energy = jnp.sum(jnp.square(wide), axis=(1, 2), keepdims=True)
+        # The norm's derivative is infinite at 0: a channel that is 0 everywhere gets none.
+        positive = energy > 0
+        norm = jnp.where(positive, jnp.sqrt(jnp.where(positive, energy, 1)), 0)
+        gain = norm / (jnp.mean(norm, axis=-1, keepdims=True) + EPSILON)
+        return scale * (x * gain.astype(x.dtype)) + bias + x
 
 
 class ConvNextLayer(ConvNextModule):
     """A block: depthwise 7x7, LayerNorm, MLP four times as wide, layer scale, drop path, residual.
+
+    ConvNeXt V2 has a global response norm inside the MLP, and no layer scale.
 
     Attributes:
       drop_path_rate: probability of leaving this block out for a sample, in training.
@@ -146,9 +175,11 @@ class ConvNextLayer(ConvNextModule):
         y = self._norm("layernorm")(y)
         y = self._dense(EXPANSION * width, "pwconv1")(y)
         y = ops.activation(self.config.hidden_act)(y)
+        if self.config.model_type == "convnextv2":
+            y = GlobalResponseNorm(**self.shared, name="grn")(y)
         y = self._dense(width, "pwconv2")(y)
         initial_scale = self.config.layer_scale_init_value
-        if initial_scale > 0:
+        if initial_scale > 0 or self.config.model_type == "dinov3_convnext":
             init = nn.initializers.constant(initial_scale)
             scale = self.param("layer_scale_parameter", init, (width,), self.param_dtype)
             y = y * scale.astype(y.dtype)
@@ -228,18 +259,32 @@ class ConvNextPreTrainedModel(ConvNextModule):
         precision: jax.lax.PrecisionLike = None,
         implementation: Literal["plain"] | None = None,
         data_format: Literal["channels_first", "channels_last"] = "channels_first",
+        sharding: Any = None,
+        ignore_mismatched_sizes: bool = False,
+        key: jax.Array | None = None,
         **config_changes: Any,
     ) -> tuple[Self, dict[str, Any]]:
         """The model and its variables from a local folder or a hub name.
 
-        Reads config.json and model.safetensors, without torch. Every key is accounted for: a
-        checkpoint of a classifier also loads into `ConvNextModel` (its head is left out) and
-        `ConvNextBackbone` (whose new norms are named in a warning).
+        Reads config.json and the first that exists of model.safetensors,
+        model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json (through
+        torch, and never running code of theirs) and tf_model.h5 (through h5py), one tensor at a
+        time: no second copy of the model is held. Every key is accounted for: a checkpoint of a
+        classifier also loads into `ConvNextModel` (its head is left out) and `ConvNextBackbone`
+        (whose new norms are named in a warning). Files of timm, torchvision and the original
+        repositories become such a folder by `convnext-jax convert`.
 
         Args:
           name_or_path: a folder, or a hub name such as "facebook/convnext-tiny-224".
           dtype, precision, implementation, data_format: attributes of the model.
           param_dtype: dtype of the parameters that are returned, whatever the file holds.
+          sharding: where each array is put, straight from the file: one `jax.sharding.Sharding`, or
+            a pytree of them with the structure of the variables or a prefix of it. None is the
+            default device.
+          ignore_mismatched_sizes: initialise a head anew that the file has not, or has with another
+            number of classes, and warn; otherwise that is an error.
+          key: the new head's kernel is normal(initializer_range) by it; default
+            `jax.random.key(0)`.
           **config_changes: fields of the configuration, and `revision`, `cache_dir`,
             `local_files_only`, `token` for huggingface_hub.
 
@@ -256,7 +301,15 @@ class ConvNextPreTrainedModel(ConvNextModule):
             "implementation": implementation,
             "data_format": data_format,
         }
-        return pretrained.load(cls, name_or_path, model_options, config_changes)
+        return pretrained.load(
+            cls,
+            name_or_path,
+            model_options,
+            config_changes,
+            sharding=sharding,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            key=key,
+        )
 
     @nn.nowrap
     def save_pretrained(self, folder: str | Path, variables: dict[str, Any]) -> None:
@@ -288,6 +341,14 @@ class ConvNextPreTrainedModel(ConvNextModule):
                 f"{channels} channels (config.num_channels, data_format={self.data_format!r})"
             )
         return jnp.transpose(x, (0, 2, 3, 1)) if axis == 1 else x
+
+    @nn.nowrap
+    def _maps(self, pixel_values: ArrayLike | None, train: bool) -> tuple[jax.Array, ...]:
+        """The stem's map and each stage's, NHWC; DINOv3 counts the picture as the first."""
+        x = self._enter(pixel_values)
+        stem = ConvNextEmbeddings(**self.shared, name="embeddings")(x)
+        maps = ConvNextEncoder(**self.shared, name="encoder")(stem, train)
+        return (x, *maps[1:]) if self.config.model_type == "dinov3_convnext" else maps
 
     @nn.nowrap
     def _leave(self, maps: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -333,8 +394,7 @@ class ConvNextModel(ConvNextPreTrainedModel):
           `hidden_states`, the last of which is `last_hidden_state`.
         """
         output_hidden_states, return_dict = self._flags(output_hidden_states, return_dict)
-        x = ConvNextEmbeddings(**self.shared, name="embeddings")(self._enter(pixel_values))
-        maps = ConvNextEncoder(**self.shared, name="encoder")(x, train)
+        maps = self._maps(pixel_values, train)
 
         # In at least f32, like the norm: an epsilon of 1e-12 vanishes in bf16.
         norm_dtype = jnp.promote_types(maps[-1].dtype, jnp.float32)
@@ -396,7 +456,8 @@ class ConvNextBackbone(ConvNextPreTrainedModel):
     """The network as a pyramid of maps for detection and segmentation.
 
     Returns the stages in `config.out_features`, each through a LayerNorm of its own. There is no
-    final norm and no pooling.
+    final norm and no pooling. DINOv3's backbones have no norms here, and their "stem" is the
+    picture itself; so has Hugging Face defined them.
     """
 
     @property
@@ -417,7 +478,9 @@ class ConvNextBackbone(ConvNextPreTrainedModel):
     @property
     def num_features(self) -> tuple[int, ...]:
         """Width of every stage, the stem first."""
-        return (self.config.hidden_sizes[0], *self.config.hidden_sizes)
+        is_dinov3 = self.config.model_type == "dinov3_convnext"
+        stem = self.config.num_channels if is_dinov3 else self.config.hidden_sizes[0]
+        return (stem, *self.config.hidden_sizes)
 
     @property
     def out_feature_channels(self) -> dict[str, int]:
@@ -444,10 +507,10 @@ class ConvNextBackbone(ConvNextPreTrainedModel):
           stage order; `hidden_states`, all maps before those norms, when asked for.
         """
         output_hidden_states, return_dict = self._flags(output_hidden_states, return_dict)
-        x = ConvNextEmbeddings(**self.shared, name="embeddings")(self._enter(pixel_values))
-        maps = ConvNextEncoder(**self.shared, name="encoder")(x, train)
+        is_dinov3 = self.config.model_type == "dinov3_convnext"
+        maps = self._maps(pixel_values, train)
         feature_maps = tuple(
-            self._norm(f"hidden_states_norms_{name}")(x)
+            x if is_dinov3 else self._norm(f"hidden_states_norms_{name}")(x)
             for name, x in zip(self.stage_names, maps, strict=True)
             if name in self.out_features
         )

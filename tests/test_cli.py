@@ -129,8 +129,95 @@ def test_absent_model_is_named(pictures, capsys, monkeypatch):
     fails_with_one_line(["classify", "./absent", pictures[0]], ["./absent"], capsys)
 
 
-def test_wrong_flag_exits_with_2(model_folder, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["classify", "model", "x.png", "--top", "0"], "at least 1"),
+        (["classify", "model", "x.png", "--top", "many"], "'many' is no whole number"),
+        (["classify", "model"], "IMAGE"),
+        (["convert", "weights.pth"], "FOLDER"),
+        (["convert", "weights.pth", "folder", "--presett", "tiny"], "--presett"),
+        (["convert", "weights.pth", "folder", "--size", "-1"], "at least 1"),
+        (["convent"], "'convent'"),
+        ([], "COMMAND"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, said, capsys):
     with pytest.raises(SystemExit) as error:
-        main(["classify", str(model_folder), "x.png", "--top", "0"])
+        main(arguments)
     assert error.value.code == 2
-    assert "at least 1" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert said in message
+
+
+# ------------------------------------------------------------------------------------------ convert
+
+
+@pytest.fixture
+def weights(model_folder, tmp_path) -> Path:
+    """The model's weights alone, under a name that tells the size of its pictures."""
+    path = tmp_path / "weights_384.safetensors"
+    path.write_bytes((model_folder / "model.safetensors").read_bytes())
+    return path
+
+
+def test_convert_writes_a_folder_that_classifies(weights, model_folder, pictures, tmp_path, capsys):
+    labels = tmp_path / "labels.json"
+    labels.write_text(json.dumps([f"name {i}" for i in range(7)]))
+    folder = str(tmp_path / "new" / "folder")
+    assert main(["convert", str(weights), folder, "--labels", str(labels), "--size", "16"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert shown.out.count("\n") == 1
+    for said in (folder, "ConvNextForImageClassification", "8-16", "7 classes", "huggingface"):
+        assert said in shown.out
+    assert ConvNextImageProcessor.from_pretrained(folder).size == {"shortest_edge": 16}
+    # The pictures prepared as the test's model wants them, the rest as it was converted.
+    name = "preprocessor_config.json"
+    (Path(folder) / name).write_bytes((model_folder / name).read_bytes())
+    assert main(["classify", folder, pictures[1], "--json"]) == 0
+    predictions = json.loads(capsys.readouterr().out)[0]["predictions"]
+    assert [p["label"] for p in predictions] == [f"name {p['index']}" for p in predictions]
+    expected = probabilities(model_folder, pictures[1])
+    assert predictions[0]["index"] == expected.argmax()
+    assert abs(predictions[0]["probability"] - expected.max()) < 2e-6
+
+
+def test_convert_says_what_is_wrong_in_one_line(weights, tmp_path, capsys):
+    target = tmp_path / "target"
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(weights.read_bytes()[:-100])
+    text = tmp_path / "notes.txt"
+    text.write_text("no weights")
+    for arguments, said in (
+        ([str(torn), str(target)], [str(torn), "not a complete safetensors file"]),
+        ([str(text), str(target)], [str(text), ".safetensors"]),
+        ([str(tmp_path / "absent.pth"), str(target)], ["there is no file", "absent.pth"]),
+        ([str(weights), str(target), "--preset", "tiny"], ["(8, 16)", "the preset tiny"]),
+        ([str(weights), str(target), "--labels", str(text)], [str(text), "JSON"]),
+        ([str(weights), str(target), "--ema"], ["no averaged weights"]),
+        ([str(weights), str(text)], [str(text), "folder"]),
+    ):
+        fails_with_one_line(["convert", *arguments], said, capsys)
+        assert not target.exists()
+    assert text.read_text() == "no weights"
+
+
+def test_convert_tells_what_it_could_not_take_over(weights, tmp_path, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    weights.rename(source / "model.safetensors")
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 96, "width": 96}}
+    (source / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert main(["convert", str(source), str(tmp_path / "new")]) == 0
+    assert capsys.readouterr().err.startswith("convnext-jax: note: the source prepares pictures by")
+
+
+def test_convert_stopped_by_a_key_leaves_nothing(weights, tmp_path, monkeypatch):
+    def stop(_file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.fsync", stop)
+    assert main(["convert", str(weights), str(tmp_path / "new")]) == 130
+    assert not (tmp_path / "new").exists()

@@ -1,5 +1,8 @@
+import copy
 import json
+import math
 import pickle
+import random
 import subprocess
 import sys
 
@@ -157,10 +160,20 @@ def test_outputs_are_aligned(given, features, indices):
         ({"out_indices": [-6]}, "-6"),
         ({"out_indices": [1.5]}, "1.5"),
         ({"out_indices": [-1, 4]}, "twice"),
+        ({"out_features": 4}, "out_features"),
+        ({"out_features": [4]}, "4"),
+        ({"out_features": ["stem", "stage5", "stage1"]}, "'stage5'"),
+        ({"out_features": ["stage1", "stem"]}, "order"),
+        ({"out_indices": {4}}, "out_indices"),
+        ({"out_indices": [-11]}, "-11"),
+        ({"out_indices": [2, 2]}, "twice"),
+        ({"out_indices": [-4, 1]}, "twice"),
+        ({"out_indices": [None]}, "None"),
         ({"out_indices": [2, 1]}, "order"),
         ({"out_indices": [-1, 1]}, "order"),
         ({"out_features": ["stage1"], "out_indices": [1, 2]}, "disagree"),
         ({"out_features": ["stage1"], "out_indices": [2]}, "disagree"),
+        ({"out_features": [], "out_indices": [1]}, "disagree"),
     ],
 )
 def test_outputs_that_cannot_be_aligned(given, part):
@@ -227,14 +240,23 @@ def test_names_survive_a_replacement_that_keeps_their_number():
         ({"hidden_act": 3}, "hidden_act"),
         ({"initializer_range": -0.1}, "initializer_range"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps"),
+        ({"layer_norm_eps": float("inf")}, "layer_norm_eps"),
         ({"layer_scale_init_value": None}, "layer_scale_init_value"),
+        ({"layer_scale_init_value": float("nan")}, "layer_scale_init_value"),
+        ({"initializer_range": 10**400}, "initializer_range"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
         ({"drop_path_rate": -0.1}, "drop_path_rate"),
         ({"drop_path_rate": float("nan")}, "drop_path_rate"),
         ({"problem_type": "classification"}, "problem_type"),
         ({"num_labels": -1}, "num_labels"),
+        ({"num_labels": 1_000_001}, "num_labels"),
         ({"id2label": ["cat"]}, "id2label"),
+        ({"label2id": ["cat", "dog"]}, "label2id"),
+        ({"id2label": {0: "cat"}, "label2id": "cat"}, "label2id"),
+        ({"id2label": {0: "cat"}, "label2id": {"cat": [0]}}, "label2id"),
         ({"id2label": {"first": "cat"}}, "id2label"),
+        ({"id2label": {None: "cat"}}, "id2label"),
+        ({"id2label": {math.inf: "cat"}}, "id2label"),
         ({"replace": 1}, "replace"),
     ],
 )
@@ -258,7 +280,10 @@ def test_presets(name):
     assert config.num_labels == 1000
     assert config.depths == PRESETS[name]["depths"]
     assert config.hidden_sizes == PRESETS[name]["hidden_sizes"]
-    assert config.hidden_sizes[3] == 8 * config.hidden_sizes[0]
+    assert config.num_stages == len(config.depths)
+    isotropic = name.startswith("isotropic")
+    assert config.model_type == ("convnext_isotropic" if isotropic else "convnext")
+    assert config.hidden_sizes[-1] == config.hidden_sizes[0] * (1 if isotropic else 8)
 
 
 def test_tiny_is_the_default():
@@ -267,8 +292,8 @@ def test_tiny_is_the_default():
 
 def test_there_is_no_such_preset():
     with pytest.raises(InputError) as error:
-        ConvNextConfig.preset("huge")
-    assert_one_line(error, "'huge'", *PRESETS)
+        ConvNextConfig.preset("enormous")
+    assert_one_line(error, "'enormous'", *PRESETS)
 
 
 def test_drop_path_rates_are_linear_over_all_blocks():
@@ -378,3 +403,98 @@ def test_a_missing_file_is_named_in_one_line(tmp_path):
         with pytest.raises(InputError) as error:
             ConvNextConfig.from_pretrained(name)
         assert_one_line(error, name)
+
+
+# ------------------------------------------------------------------------------------------ fuzzing
+
+JUNK = (
+    None, True, False, 0, -1, 1, 3, 7, 2**31, 2**64, -(2**63), 10**400, 10**5000, 0.5, -0.0, 1e308,
+    math.nan, math.inf, -math.inf, "", "4", "stage1", "gelu", "\ud800", "\x00", "猫", "a" * 5000,
+    [], [[]], [3, 3, 9, 3], [1, 2], ["stage1"], ["stage2", "stage1"], [-1], [None], [0.5], [2**70],
+    ["stem", ["stage1"]], {}, {"0": "cat"}, {"1": None, "0": "dog"}, {"a": {"b": [1, {}]}},
+    {"cat": 0}, {"cat": [0]}, {"0": {"1": "2"}}, {"-1": "x", "1e3": "y"}, {"": ""},
+)  # fmt: skip
+NAMES = (
+    *DEFAULTS, "model_type", "note", "extra", "_hash", "self", "cls", "replace", "preset",
+    "__class__", "__dict__", "__init__", "_fields", "to_dict", "hub_options", "stage", "0", "",
+    "\ud800", "changes", "values", "torch_dtype", "architectures", "transformers_version",
+)  # fmt: skip
+
+
+def junk(rng: random.Random):
+    return copy.deepcopy(rng.choice(JUNK))
+
+
+def mutated(rng: random.Random) -> bytes:
+    """A config.json with one to three things wrong, or none that matter."""
+    fields = dict(rng.choice(CONFIGURATIONS))
+    if rng.random() < 0.2:
+        fields["model_type"] = rng.choice(["convnextv2", "dinov3_convnext", "convnext_isotropic"])
+    values = {"model_type": "convnext", **fields}
+    if rng.random() < 0.5 and "model_type" not in fields:
+        values = ConvNextConfig(**fields).to_dict()
+    values = json.loads(json.dumps(values))
+    for _ in range(rng.randint(1, 3)):
+        name = rng.choice([*values, *NAMES])
+        match rng.randrange(6):
+            case 0:
+                values.pop(name, None)
+            case 1 | 2:
+                values[name] = junk(rng)
+            case 3 if isinstance(values.get(name), list) and values[name]:
+                values[name][rng.randrange(len(values[name]))] = junk(rng)
+            case 3 if isinstance(values.get(name), dict):
+                values[name][rng.choice(["0", "1", "x", "LABEL_0"])] = junk(rng)
+            case 4:
+                values[name] = [junk(rng) for _ in range(rng.randint(0, 6))]
+            case _:
+                values[rng.choice(NAMES)] = copy.deepcopy(values.get(name))
+    if isinstance(values.get("num_labels"), int):
+        # Were its bound lost, a larger one would take all memory.
+        values["num_labels"] = min(values["num_labels"], 1_000_001)
+    # Numbers of this length are no longer written, nor read, by Python's own parser.
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    text = json.dumps(values, ensure_ascii=rng.random() < 0.5)
+    sys.set_int_max_str_digits(limit)
+    if rng.random() < 0.05:  # by hand: the writer does not nest as deep as the reader
+        depth = rng.choice([100, 400, 900, 3000])
+        nested = ["[" * depth + "]" * depth, '{"a":' * depth + "0" + "}" * depth]
+        text = text[:-1] + ', "deep": ' + rng.choice(nested) + "}"
+    data = text.encode("utf-8", "surrogatepass")
+    if rng.random() < 0.1 and data:
+        data = data[: rng.randrange(len(data))]
+    if rng.random() < 0.1 and data:
+        at = rng.randrange(len(data))
+        data = data[:at] + bytes(rng.randrange(256) for _ in range(rng.randint(1, 3))) + data[at:]
+    return data
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.filterwarnings("ignore:num_labels is")
+def test_a_mutated_file_loads_or_gives_one_error(seed, tmp_path):
+    """A hundred of them. What loads can be hashed, as `jit` does, and written and read again."""
+    rng, outcomes = random.Random(seed), set()
+    path = tmp_path / "config.json"
+    for _ in range(100):
+        data = mutated(rng)
+        path.write_bytes(data)
+        try:
+            config = ConvNextConfig.from_pretrained(tmp_path)
+        except InputError as error:
+            config, message = None, str(error)
+        if config is None:
+            assert "\n" not in message, data
+            assert str(path) in message, data
+            assert len(message) < 500 + 4 * len(data), data
+            outcomes.add("error")
+            continue
+        outcomes.add("loaded")
+        hash(config)
+        written = json.dumps(config.to_dict())
+        again = ConvNextConfig.from_dict(json.loads(written))
+        assert json.dumps(again.to_dict()) == written, data
+        if "NaN" not in written:
+            assert again == config, data
+            assert hash(again) == hash(config), data
+    assert outcomes == {"error", "loaded"}

@@ -37,6 +37,21 @@ PARAMETERS = {
     "base": {1000: 88_591_464, 21841: 109_953_489, 0: 87_566_464},
     "large": {1000: 197_767_336, 21841: 229_799_953, 0: 196_230_336},
     "xlarge": {1000: 350_196_968, 21841: 392_900_177, 0: 348_147_968},
+    "huge": {1000: 659_942_216, 21841: 718_651_313, 0: 657_125_216},
+    "isotropic_small": {1000: 22_308_712, 21841: 30_332_497, 0: 21_923_712},
+    "isotropic_base": {1000: 87_083_752, 21841: 103_110_481, 0: 86_314_752},
+    "isotropic_large": {1000: 305_942_504, 21841: 327_304_529, 0: 304_917_504},
+}
+# ConvNeXt V2 with 1000 classes.
+PARAMETERS_V2 = {
+    "atto": 3_708_400,
+    "femto": 5_233_240,
+    "pico": 9_066_280,
+    "nano": 15_623_800,
+    "tiny": 28_635_496,
+    "base": 88_717_800,
+    "large": 197_956_840,
+    "huge": 660_289_640,
 }
 SMALL = ConvNextConfig(
     num_stages=2,
@@ -111,6 +126,19 @@ def test_parameter_counts_with_another_head(num_labels):
     model = ConvNextForImageClassification(config, implementation="plain")
     shapes = jax.eval_shape(model.init_variables, jax.random.key(0))
     assert count(shapes) == PARAMETERS["atto"][num_labels]
+
+
+@pytest.mark.parametrize("name", PARAMETERS_V2)
+def test_parameter_counts_of_v2(name):
+    """No layer scale, and a gain and a bias for each hidden channel of the MLP."""
+    config = ConvNextConfig.preset(name, num_labels=1000, model_type="convnextv2")
+    blocks = sum(d * c for d, c in zip(config.depths, config.hidden_sizes, strict=True))
+    assert PARAMETERS_V2[name] == PARAMETERS[name][1000] + (8 - 1) * blocks
+    model = ConvNextForImageClassification(config, implementation="plain")
+    if sum(config.depths) < 20:  # tracing the deep ones takes long
+        assert (
+            count(jax.eval_shape(model.init_variables, jax.random.key(0))) == (PARAMETERS_V2[name])
+        )
 
 
 def test_no_preset_is_untested():
@@ -404,6 +432,96 @@ def test_f64():
             jax.grad(lambda v: model.apply(v, pictures, labels=jnp.array([0, 2])).loss), variables
         )
         assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float64)}
+
+
+# ----------------------------------------------------------------------------------------- families
+
+
+def global_response_norm(x, scale, bias):
+    """Algorithm 1 of the ConvNeXt V2 paper, one picture and channel at a time."""
+    result = np.empty_like(x)
+    for n, picture in enumerate(x):
+        norms = [math.sqrt((picture[:, :, c] ** 2).sum()) for c in range(x.shape[-1])]
+        for c, own in enumerate(norms):
+            gain = own / (sum(norms) / len(norms) + 1e-6)
+            result[n, :, :, c] = scale[c] * picture[:, :, c] * gain + bias[c] + picture[:, :, c]
+    return result
+
+
+def test_global_response_norm():
+    x = RNG.standard_normal((2, 5, 3, 6))
+    params = {"scale": RNG.standard_normal(6), "bias": RNG.standard_normal(6)}
+    with jax.enable_x64(True):
+        result = modeling.GlobalResponseNorm(SMALL).apply({"params": params}, x)
+    np.testing.assert_allclose(result, global_response_norm(x, **params), rtol=1e-12)
+
+
+def test_global_response_norm_starts_as_the_identity():
+    x = RNG.standard_normal((2, 5, 3, 6)).astype(np.float32)
+    result, variables = modeling.GlobalResponseNorm(SMALL).init_with_output(jax.random.key(0), x)
+    np.testing.assert_array_equal(result, x)
+    assert {k: v.shape for k, v in variables["params"].items()} == {"scale": (6,), "bias": (6,)}
+
+
+def test_the_gradient_of_a_channel_that_is_zero_everywhere_is_finite():
+    x = RNG.standard_normal((1, 4, 4, 3)).astype(np.float32)
+    x[..., 1] = 0
+    params = {"scale": np.ones(3, np.float32), "bias": np.zeros(3, np.float32)}
+    module = modeling.GlobalResponseNorm(SMALL)
+    gradient = jax.grad(lambda x: module.apply({"params": params}, x).sum())(x)
+    np.testing.assert_array_equal(gradient[..., 1], 1)  # only the residual path
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_global_response_norm_in_half_precision(dtype):
+    """Sums of squares beyond f16's range: 64 x 64 values near 40."""
+    x = 40 + RNG.standard_normal((1, 64, 64, 4))
+    params = {"scale": np.ones(4), "bias": np.zeros(4)}
+    result = modeling.GlobalResponseNorm(SMALL, dtype=dtype).apply({"params": params}, x)
+    assert result.dtype == dtype
+    np.testing.assert_allclose(
+        result.astype(np.float32), global_response_norm(x, **params), rtol=0.02
+    )
+
+
+def test_v2_has_global_response_norms_and_no_layer_scale():
+    model, variables = small(ConvNextModel, SMALL.replace(model_type="convnextv2"))
+    block = variables["params"]["encoder"]["stages_1"]["layers_0"]
+    assert set(block) == {"dwconv", "layernorm", "pwconv1", "grn", "pwconv2"}
+    assert block["grn"]["scale"].shape == (48,)
+    assert np.isfinite(run(model, variables).pooler_output).all()
+
+
+def test_an_isotropic_network_has_one_stage_and_no_norm_after_the_stem():
+    config = ConvNextConfig(
+        model_type="convnext_isotropic", depths=(2,), hidden_sizes=(12,), num_labels=3
+    )
+    assert (config.patch_size, config.num_stages, config.layer_norm_eps) == (16, 1, 1e-6)
+    model, variables = small(config=config)
+    network = variables["params"]["convnext"]
+    assert set(network["embeddings"]) == {"patch_embeddings"}
+    assert set(network["encoder"]["stages_0"]) == {"layers_0", "layers_1"}
+    pictures = RNG.standard_normal((2, 3, 40, 33)).astype(np.float32)
+    maps = run(model, variables, pictures, output_hidden_states=True).hidden_states
+    assert [x.shape for x in maps] == [(2, 12, 2, 2)] * 2
+    patches = pictures[:, :, :32, :32].reshape(2, 3, 2, 16, 2, 16)
+    stem = network["embeddings"]["patch_embeddings"]
+    expected = np.einsum("nciajb,abcd->ndij", patches, stem["kernel"])
+    expected += np.asarray(stem["bias"])[:, None, None]
+    np.testing.assert_allclose(maps[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_backbone_of_dinov3_returns_maps_as_they_are_and_counts_the_picture():
+    config = SMALL.replace(
+        model_type="dinov3_convnext", patch_size=4, out_features=("stem", "stage1")
+    )
+    model, variables = small(ConvNextBackbone, config)
+    assert set(variables["params"]) == {"embeddings", "encoder"}
+    assert (model.num_features, model.channels) == ((3, 8, 12), (3, 8))
+    output = run(model, variables, output_hidden_states=True)
+    np.testing.assert_array_equal(output.feature_maps[0], PICTURES)
+    np.testing.assert_array_equal(output.feature_maps[1], output.hidden_states[1])
 
 
 # ---------------------------------------------------------------------------------------- drop path
@@ -772,7 +890,8 @@ ARROWS = {
 INSIDE_FUNCTIONS = {
     "configuration.py": ["convnext_jax.checkpoints"],
     "modeling.py": ["convnext_jax.checkpoints"],
-    "image": ["convnext_jax.checkpoints", "torch"],
+    "image": ["convnext_jax.checkpoints", "torch", "tensorflow"],
+    "checkpoints": ["torch", "h5py", "convnext_jax.image"],
 }
 
 

@@ -2,7 +2,13 @@
 
 from convnext_jax.image.augment import normalize, random_flip, sample_crop
 from convnext_jax.image.decode import read_image, to_rgb
-from convnext_jax.image.processor import BatchFeature, ConvNextImageProcessor, resize_rule
+from convnext_jax.image.processor import (
+    PRESETS,
+    BatchFeature,
+    ConvNextFeatureExtractor,
+    ConvNextImageProcessor,
+    resize_rule,
+)
 from convnext_jax.image.resample import (
     ResizePlan,
     Taps,
@@ -13,7 +19,9 @@ from convnext_jax.image.resample import (
 )
 
 __all__ = [
+    "PRESETS",
     "BatchFeature",
+    "ConvNextFeatureExtractor",
     "ConvNextImageProcessor",
     "ResizePlan",
     "Taps",

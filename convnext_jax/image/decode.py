@@ -4,6 +4,7 @@ import contextlib
 import os
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
 
@@ -15,9 +16,9 @@ __all__ = ["read_image", "to_rgb"]
 def read_image(path: str | os.PathLike) -> np.ndarray:
     """Read a picture file as RGB.
 
-    The picture is turned upright as its EXIF orientation says, and converted by `to_rgb`. Of a file
-    with several frames or pages the first is read. Colour profiles are ignored, as they were when
-    the published networks were trained.
+    The picture is turned upright and converted by `to_rgb`. Of a file with several frames or pages
+    the first is read. Colour profiles are ignored, as they were when the published networks were
+    trained.
 
     Args:
       path: A file of any format that Pillow reads.
@@ -54,21 +55,27 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         limit = PIL.Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:
             raise _too_large(path)
-        # The decoders raise nearly any exception on damaged data.
-        try:
-            image.load()
-        except Exception as error:
-            raise _unreadable(path, error) from error
-        # A damaged EXIF block says nothing about the pixels: they are shown as they lie.
-        with contextlib.suppress(Exception):
-            image = PIL.ImageOps.exif_transpose(image)
+        load(image)
         try:
             return np.array(to_rgb(image))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
 
-def _unreadable(path: str, error: Exception) -> InputError:
+def load(image: PIL.Image.Image) -> None:
+    """Decode a picture that has been opened, if that has not been done.
+
+    Raises:
+      InputError: The file is damaged.
+    """
+    # The decoders raise nearly any exception on damaged data.
+    try:
+        image.load()
+    except Exception as error:
+        raise _unreadable(getattr(image, "filename", "") or "a picture", error) from None
+
+
+def _unreadable(path: object, error: Exception) -> InputError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return InputError(
         f"{path} cannot be decoded ({reason}); the file is damaged or cut short: fetch it again or "
@@ -84,22 +91,28 @@ def _too_large(path: str) -> InputError:
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Convert a picture of any mode to 8-bit RGB, as an image viewer would show it.
+    """Convert a picture of any mode to upright 8-bit RGB, as an image viewer would show it.
 
-    Palettes are looked up, grey is repeated, CMYK, YCbCr, HSV and Lab are converted by Pillow.
-    Transparent parts show white. Of 16-bit grey the upper eight bits are kept, which is what
-    Pillow's readers do to 16-bit colour; 32-bit integers (mode I) are taken for 16-bit grey. The
-    EXIF orientation is left alone (`read_image` applies it).
+    The picture is turned as its EXIF orientation says. Palettes are looked up, grey is repeated,
+    CMYK, YCbCr, HSV and Lab are converted by Pillow. Transparent parts show white. Of 16-bit grey
+    the upper eight bits are kept, which is what Pillow's readers do to 16-bit colour; 32-bit
+    integers (mode I) are taken for 16-bit grey.
 
     Args:
-      image: The picture; it is not changed.
+      image: The picture; its pixels are not changed.
 
     Returns:
-      A picture of mode RGB and the same size; `image` itself if it is RGB without transparency.
+      A picture of mode RGB; `image` itself if it is upright RGB without transparency.
 
     Raises:
-      InputError: 32-bit pixels (mode F, or I outside of 0 .. 65535), for which no value is white.
+      InputError: The file behind the picture is damaged, or its pixels have 32 bits (mode F, or I
+        outside of 0 .. 65535), for which no value is white.
     """
+    load(image)
+    # A damaged EXIF block says nothing about the pixels: they are shown as they lie.
+    with contextlib.suppress(Exception):
+        if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+            image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         grey = np.array(image)
         if grey.min() < 0 or grey.max() > 65535:
@@ -114,6 +127,8 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         raise InputError(
             "a picture of 32-bit floats has no defined white; rescale it to 8 bits first"
         )
+    if image.mode == "La":  # converts to LA alone
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = PIL.Image.new("RGBA", image.size, "white")

@@ -4,21 +4,25 @@ Options, defaults, order of operations and JSON are those of the image processor
 transformers 4.37.2, and so are the pixels: resizing is equal to Pillow's in every bit, rescaling
 and normalising round where the original rounds. Where this class differs on purpose:
 
-* pictures of other modes than RGB given as `PIL.Image` are converted (`do_convert_rgb`); the
-  original refuses grey ones and ones with transparency;
-* `data_format=None` keeps the layout of the input, as the original's documentation says, where its
-  code raises;
+* a `PIL.Image` is converted to what an image viewer shows (`do_convert_rgb`): RGB, upright where
+  its EXIF data say that it was taken turned. The original refuses other modes, ignores the
+  transparent colour of RGB pictures and does not turn any; `do_convert_rgb=False` does as it does;
+* `data_format=None` and `input_data_format="none"` do what the original's documentation says, where
+  its code raises;
 * the layout of a `PIL.Image` is known: one three pixels high is not taken for channels-first;
 * the result has the size asked for even where a picture smaller than its crop is padded by an odd
   number of pixels; the original loses a row or column there;
-* a size without "shortest_edge" together with `do_resize` is an `InputError`, not a KeyError;
+* a size without "shortest_edge" together with `do_resize` is an `InputError`, not a KeyError, and
+  so are sizes that would not fit into memory;
 * every error is an `InputError` (a ValueError) of one line.
 """
 
 import copy
 import functools
+import importlib
 import inspect
 import json
+import math
 import numbers
 import os
 import warnings
@@ -33,15 +37,46 @@ import PIL.Image
 
 from convnext_jax.errors import InputError
 from convnext_jax.image import resample as resampling
-from convnext_jax.image.decode import to_rgb
+from convnext_jax.image.decode import load, to_rgb
 
-__all__ = ["BatchFeature", "ConvNextImageProcessor"]
+__all__ = ["PRESETS", "BatchFeature", "ConvNextFeatureExtractor", "ConvNextImageProcessor"]
 
 PROCESSOR_NAME = "preprocessor_config.json"
 IMAGENET_STANDARD_MEAN = (0.5, 0.5, 0.5)
 IMAGENET_STANDARD_STD = (0.5, 0.5, 0.5)
 # From this size on a picture is stretched to a square instead of being cropped.
 FIRST_WARPED_SIZE = 384
+# A larger result would not fit into the memory of most machines.
+LARGEST_SIZE = 2**13
+
+# The preprocessing that published checkpoints are evaluated with; none of them uses the defaults of
+# the class. `ConvNextImageProcessor.preset` builds a processor from a name.
+_IMAGENET = {
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "resample": int(resampling.Resampling.BICUBIC),
+}
+_TORCHVISION = _IMAGENET | {"size": 224, "resample": int(resampling.Resampling.BILINEAR)}
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    # ConvNeXt, ConvNeXt V2, the isotropic variants and DINOv3's linear evaluation at 224 pixels:
+    # the shorter side to 256, the centre cut out.
+    "imagenet_224": _IMAGENET | {"size": 224, "crop_pct": 0.875},
+    # timm's checkpoints of its own recipes at their test size: the shorter side to 288.
+    "imagenet_288": _IMAGENET | {"size": 288, "crop_pct": 1.0},
+    # Everything fine-tuned at 384 pixels: stretched.
+    "imagenet_384": _IMAGENET | {"size": 384, "crop_pct": 0.875},
+    # ConvNeXt V2 Huge fine-tuned at 512 pixels: stretched.
+    "imagenet_512": _IMAGENET | {"size": 512, "crop_pct": 0.875},
+    # torchvision's weights: the shorter side to 236, 230 or 232, bilinear.
+    "torchvision_tiny": _TORCHVISION | {"crop_pct": 224 / 236},
+    "torchvision_small": _TORCHVISION | {"crop_pct": 224 / 230},
+    "torchvision_base": _TORCHVISION | {"crop_pct": 224 / 232},
+    "torchvision_large": _TORCHVISION | {"crop_pct": 224 / 232},
+}
+
+
+# Where the arrays of other frameworks come from: a module, and its function of a numpy array.
+_FRAMEWORKS = {"pt": ("torch", "from_numpy"), "tf": ("tensorflow", "convert_to_tensor")}
 
 
 class BatchFeature(dict):
@@ -100,8 +135,10 @@ class ConvNextImageProcessor:
       image_mean: A number, or one for each channel. Default 0.5; the published networks were
         trained with (0.485, 0.456, 0.406), and their files say so.
       image_std: Likewise. Default 0.5; the published networks: (0.229, 0.224, 0.225).
-      do_convert_rgb: Whether `PIL.Image`s of other modes are converted to RGB by
-        `convnext_jax.image.to_rgb`; None is True. Arrays are taken as they are.
+      do_convert_rgb: Whether `PIL.Image`s are converted by `convnext_jax.image.to_rgb` to upright
+        RGB: grey, palettes, transparency, CMYK, 16 bits, EXIF orientation. Arrays are taken as
+        they are, but for grey ones [H, W], whose one channel is repeated. None is True; False
+        takes the stored pixels, as the original does.
       **kwargs: Anything else becomes an attribute, and stays in the JSON.
 
     Raises:
@@ -112,6 +149,7 @@ class ConvNextImageProcessor:
 
     def __init__(
         self,
+        /,  # a file may have a key "self"
         do_resize: bool = True,
         size: int | Mapping[str, int] | Sequence[int] | None = None,
         crop_pct: float | None = None,
@@ -147,6 +185,21 @@ class ConvNextImageProcessor:
                 raise InputError(f"{name!r} cannot be a setting: it is a method here")
             setattr(self, name, value)
 
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """The processor that a family of published checkpoints was evaluated with.
+
+        Args:
+          name: A key of `PRESETS`: "imagenet_224" or "imagenet_384" for most checkpoints.
+          **changes: Arguments of the class that replace those of the preset.
+
+        Raises:
+          InputError: An unknown name.
+        """
+        if name not in PRESETS:
+            raise InputError(f"unknown preset {name!r}: use one of {', '.join(PRESETS)}")
+        return cls(**{**copy.deepcopy(PRESETS[name]), **changes})
+
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:
         """The same as `preprocess`."""
         return self.preprocess(images, **kwargs)
@@ -171,15 +224,16 @@ class ConvNextImageProcessor:
     ) -> BatchFeature:
         """Preprocess one picture or several.
 
-        Resizing, cropping and the arithmetic after them run in one jitted program on JAX's default
-        device. Pictures are padded to a few shapes, so that a stream of photos of many sizes
-        compiles a handful of programs. Floating-point pictures are resized as the original does
-        it: in 8 bits, so that they keep their range but not their precision.
+        Resizing, cropping and the arithmetic after them run jitted on JAX's default device.
+        Pictures are padded to a few shapes, so that a stream of photos of many sizes compiles a
+        handful of programs; of a list, an accelerator takes up to 16 of equal shape at once.
+        Floating-point pictures are resized as the original does it: in 8 bits, so that they keep
+        their range but not their precision.
 
         Args:
-          images: A `PIL.Image`, an array [H, W, C] or [C, H, W] (numpy, JAX or torch), a list or
-            tuple of either, or an array of four axes. Values are expected in 0 .. 255; for
-            values in 0 .. 1 pass `do_rescale=False`.
+          images: A `PIL.Image`, an array [H, W, C] or [C, H, W] (numpy, JAX, torch or
+            TensorFlow), a list or tuple of either, or an array of four axes. Values are expected
+            in 0 .. 255; for values in 0 .. 1 pass `do_rescale=False`.
           do_resize: This and the next arguments replace the processor's own for this call.
           size: See the class.
           crop_pct: See the class.
@@ -189,13 +243,13 @@ class ConvNextImageProcessor:
           do_normalize: See the class.
           image_mean: See the class.
           image_std: See the class.
-          return_tensors: None for a list of numpy arrays; "np", "jax" or "pt" for one array of
-            numpy, JAX or PyTorch.
+          return_tensors: None for a list of numpy arrays; "np", "jax", "pt" or "tf" for one array
+            of numpy, JAX, PyTorch or TensorFlow.
           data_format: Layout of the result: "channels_first", "channels_last", or None for that
             of the input.
-          input_data_format: Layout of the input. By default it is taken from the first picture,
-            for all: channels-first if the first axis is 1 or 3 long, else channels-last if the
-            last one is.
+          input_data_format: Layout of arrays; "none" for grey ones [H, W]. By default it is taken
+            from the first picture, for all: channels-first if the first axis is 1 or 3 long, else
+            channels-last if the last one is.
           do_convert_rgb: See the class.
           **kwargs: Anything else is ignored with a warning.
 
@@ -221,13 +275,14 @@ class ConvNextImageProcessor:
             image_std=image_std,
             do_convert_rgb=do_convert_rgb,
         )
-        if return_tensors not in (None, "np", "jax", "pt"):
+        return_tensors = getattr(return_tensors, "value", return_tensors)  # an enumeration's
+        if return_tensors not in (None, "np", "jax", *_FRAMEWORKS):
             raise InputError(
-                f'return_tensors={return_tensors!r} is not supported: use None, "np", "jax" or "pt"'
+                f"return_tensors={return_tensors!r} is not supported: "
+                'use None, "np", "jax", "pt" or "tf"'
             )
         arrays, layout = _to_arrays(images, options.do_convert_rgb, input_data_format)
         data_format = layout if data_format is None else _layout(data_format, "data_format")
-        arrays = [_channels_last(array, layout) for array in arrays]
         for array in arrays:
             _check_channels(array, options)
         first = arrays[0]
@@ -240,12 +295,15 @@ class ConvNextImageProcessor:
 
         channels_first = data_format == "channels_first"
         if options.do_resize:
-            results = [_resize_and_look_up(array, options, channels_first) for array in arrays]
+            parts = _resize_and_look_up(arrays, options, channels_first)
         else:
-            results = [_rescale_and_normalize(array, options) for array in arrays]
-            if channels_first:
-                results = [result.transpose(2, 0, 1) for result in results]
-        return BatchFeature(pixel_values=_as_tensors(results, return_tensors))
+            parts = []
+            for number, array in enumerate(arrays):
+                pixels = _rescale_and_normalize(array, options)[None]
+                if channels_first:
+                    pixels = pixels.transpose(0, 3, 1, 2)
+                parts.append(_Part([number], pixels))
+        return BatchFeature(pixel_values=_as_tensors(parts, return_tensors))
 
     def _options(self, **given: Any) -> _Options:
         options = _Options(
@@ -254,20 +312,26 @@ class ConvNextImageProcessor:
                 for name, value in given.items()
             }
         )
-        options = options._replace(size=_size_dict(options.size), resample=_plain(options.resample))
+        options = options._replace(
+            size=_size_dict(options.size),
+            resample=_plain(options.resample),
+            image_mean=_plain(options.image_mean),
+            image_std=_plain(options.image_std),
+        )
         for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-            if not isinstance(getattr(options, name), bool | np.bool_ | int):
+            if not isinstance(getattr(options, name), bool | np.bool_ | int | None):
                 raise InputError(f"{name} must be true or false, not {getattr(options, name)!r}")
-        if not isinstance(options.resample, int):
+        if not isinstance(options.resample, int) or isinstance(options.resample, bool):
             raise InputError(
                 f"resample must be the number of one of Pillow's filters, not {options.resample!r}"
             )
         if options.do_resize:
-            if "shortest_edge" not in options.size:
+            target = options.size.get("shortest_edge")
+            if target is None or target > LARGEST_SIZE:
                 raise InputError(
-                    f"do_resize needs a size like {{'shortest_edge': 224}}, not {options.size}"
+                    "do_resize needs a size like {'shortest_edge': 224}, at most "
+                    f"{LARGEST_SIZE} pixels, not {options.size}"
                 )
-            target = options.size["shortest_edge"]
             if target < FIRST_WARPED_SIZE and not (
                 _is_number(options.crop_pct) and 0 < options.crop_pct <= target
             ):
@@ -279,6 +343,15 @@ class ConvNextImageProcessor:
             raise InputError(
                 f"do_rescale needs a number as rescale_factor, not {options.rescale_factor!r}"
             )
+        for name in ("image_mean", "image_std") if options.do_normalize else ():
+            values = getattr(options, name)
+            listed = values if isinstance(values, list) else [values]
+            if not all(_is_number(value) for value in listed):
+                raise InputError(
+                    f"{name} must be a number, or one for each channel, not {values!r}"
+                )
+            if name == "image_std" and 0 in listed:
+                raise InputError("image_std must not be 0")
         return options
 
     # JSON -----------------------------------------------------------------------------------------
@@ -368,20 +441,34 @@ class ConvNextImageProcessor:
         return f"ConvNextImageProcessor {self.to_json_string()}"
 
 
+class ConvNextFeatureExtractor(ConvNextImageProcessor):
+    """The former name of `ConvNextImageProcessor`; making one warns, as the original does."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        warnings.warn(
+            "ConvNextFeatureExtractor is the former name of ConvNextImageProcessor: use that",
+            FutureWarning,
+            stacklevel=2,
+        )
+        super().__init__(*args, **kwargs)
+
+
 # Options ------------------------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> Any:
     """Numbers and sequences of numbers as Python's own, so that JSON can hold them."""
+    if hasattr(value, "tolist"):  # an array's or a scalar's, of whatever framework
+        return value.tolist()
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
-    if isinstance(value, (np.floating, np.ndarray)):
-        return value.tolist()
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    """Whether it is a number that single precision can hold."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and bool(abs(value) < 1e38)
 
 
 def _size_dict(size: Any) -> dict[str, int]:
@@ -416,76 +503,94 @@ def _layout(layout: Any, name: str) -> str:
 
 
 def _to_arrays(images: Any, convert_rgb: bool, layout: str | None) -> tuple[list[np.ndarray], str]:
-    """Numpy arrays of three axes, and the layout that they all have."""
+    """Numpy arrays [H, W, C], and the layout in which they came."""
+    if layout is not None and layout != "none":
+        layout = _layout(layout, "input_data_format")
+    axes = 2 if layout == "none" else 3
     if isinstance(images, PIL.Image.Image):
         images = [images]
     elif not isinstance(images, (list, tuple)):
         images = _to_numpy(images)
-        if images.ndim not in (3, 4):
+        if images.ndim not in (axes, axes + 1):
             raise InputError(
-                f"an array of pictures has 3 or 4 axes, this one has the shape {images.shape}; "
-                "a grey picture needs an axis for its one channel"
+                f"an array of pictures has {axes} or {axes + 1} axes, this one has the shape "
+                f'{images.shape}; for grey pictures [H, W] pass input_data_format="none"'
             )
-        images = [images] if images.ndim == 3 else list(images)
+        images = [images] if images.ndim == axes else list(images)
     if not images:
         raise InputError("no pictures were given: the list is empty")
 
-    is_pil = isinstance(images[0], PIL.Image.Image)
-    if convert_rgb:
-        images = [to_rgb(x) if isinstance(x, PIL.Image.Image) else x for x in images]
-    arrays = [_to_numpy(image) for image in images]
-    for number, array in enumerate(arrays):
-        if array.ndim != 3 or 0 in array.shape:
+    arrays = []
+    for number, image in enumerate(images):
+        if isinstance(image, PIL.Image.Image):
+            if convert_rgb:
+                image = to_rgb(image)
+            else:
+                load(image)
+            array = np.asarray(image)
+            expected = 3
+        else:
+            array, expected = _to_numpy(image), axes
+        if array.ndim != expected or 0 in array.shape:
             raise InputError(
                 f"picture {number} has the shape {array.shape}: height, width and channels are "
-                "needed, none of them 0 (grey PIL images: do_convert_rgb=True)"
+                "needed, none of them 0 (grey PIL images: do_convert_rgb=True; grey arrays [H, W]: "
+                'input_data_format="none")'
             )
-    if layout is not None:
-        return arrays, _layout(layout, "input_data_format")
-    first, last = arrays[0].shape[0], arrays[0].shape[2]
-    if first in (1, 3) and not is_pil:
-        return arrays, "channels_first"
-    if last in (1, 3):
-        return arrays, "channels_last"
+        if array.ndim == 2:
+            array = np.repeat(array[:, :, None], 3 if convert_rgb else 1, axis=2)
+        elif not isinstance(image, PIL.Image.Image):
+            layout = layout or _infer_layout(array)
+            array = array.transpose(1, 2, 0) if layout == "channels_first" else array
+        else:
+            layout = layout or "channels_last"
+        arrays.append(array)
+    return arrays, "channels_first" if layout == "none" else layout
+
+
+def _infer_layout(array: np.ndarray) -> str:
+    if array.shape[0] in (1, 3):
+        return "channels_first"
+    if array.shape[2] in (1, 3):
+        return "channels_last"
     raise InputError(
-        f"cannot tell the channels of a picture of shape {arrays[0].shape}: pass "
+        f"cannot tell the channels of a picture of shape {array.shape}: pass "
         'input_data_format="channels_first" or "channels_last"'
     )
 
 
 def _to_numpy(image: Any) -> np.ndarray:
-    if hasattr(image, "detach"):  # a torch tensor
-        image = image.detach().cpu()
-        image = image.float() if str(image.dtype) == "torch.bfloat16" else image
-    if not isinstance(image, PIL.Image.Image) and not hasattr(image, "__array__"):
+    if not hasattr(image, "__array__"):
         raise InputError(
-            f"a picture cannot be a {type(image).__name__}: give a PIL image or a numpy, JAX or "
-            "torch array (convnext_jax.image.read_image reads files)"
+            f"a picture cannot be a {type(image).__name__}: give a PIL image or a numpy, JAX, "
+            "torch or TensorFlow array (convnext_jax.image.read_image reads files)"
         )
-    array = np.asarray(image)
+    try:
+        if hasattr(image, "detach"):  # a torch tensor
+            image = image.detach().cpu()
+            image = image.float() if str(image.dtype) == "torch.bfloat16" else image
+        array = np.asarray(image)
+    except Exception as error:  # whatever a framework says of what is not in memory
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"a picture of type {type(image).__name__} has no values to read ({reason[:200]}); "
+            "preprocess pictures outside of jit and graphs"
+        ) from error
     if array.dtype == jnp.bfloat16:
         return array.astype(np.float32)
-    if array.dtype.kind not in "buif":
+    if array.dtype.kind not in "buif" or array.dtype.itemsize > 8:
         raise InputError(f"a picture cannot have the dtype {array.dtype}: use uint8 or a float")
-    return array
-
-
-def _channels_last(array: np.ndarray, layout: str) -> np.ndarray:
-    return array.transpose(1, 2, 0) if layout == "channels_first" else array
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def _check_channels(array: np.ndarray, options: _Options) -> None:
-    if not options.do_normalize:
-        return
-    for name in ("image_mean", "image_std"):
-        values = np.asarray(getattr(options, name))
-        if values.dtype.kind not in "iuf" or values.shape not in ((), (array.shape[-1],)):
+    for name in ("image_mean", "image_std") if options.do_normalize else ():
+        values = getattr(options, name)
+        if isinstance(values, list) and len(values) != array.shape[-1]:
             raise InputError(
-                f"{name}={getattr(options, name)!r} must be a number, or one for each of the "
-                f"{array.shape[-1]} channels"
+                f"{name}={values} must be a number, or one for each of the {array.shape[-1]} "
+                "channels"
             )
-    if not np.all(options.image_std):
-        raise InputError("image_std must not be 0")
 
 
 # Pixels -------------------------------------------------------------------------------------------
@@ -535,29 +640,119 @@ def resize_rule(
     return resized, (top, left, size, size)
 
 
-def _resize_and_look_up(image: np.ndarray, options: _Options, channels_first: bool) -> jax.Array:
-    """Resize, crop, rescale and normalise one picture [H, W, C], on the device."""
-    height, width, channels = image.shape
-    new_size, crop = resize_rule(height, width, options.size["shortest_edge"], options.crop_pct)
-    plan = resampling.plan_resize((height, width), new_size, options.resample, crop)
+class _Part(NamedTuple):
+    """Pictures that went through one program together."""
 
-    pixels, was_scaled = _to_uint8(image)
-    # After resizing there are 256 possible values a channel: all arithmetic that follows is done
-    # on those, in numpy, and looked up.
-    values = np.repeat(np.arange(256, dtype=np.uint8)[:, None], channels, axis=1)
-    if was_scaled:
-        values = (values * (1 / 255)).astype(np.float32)
-    table = _rescale_and_normalize(values, options)
-    # Pillow filters the colours of pictures with transparency multiplied by it.
-    alpha = (
-        channels in (2, 4)
-        and new_size != (height, width)
-        and options.resample != resampling.Resampling.NEAREST
+    numbers: Sequence[int]  # n places in the list of pictures
+    pixels: np.ndarray | jax.Array  # [n, ...]
+
+
+def _resize_and_look_up(
+    images: Sequence[np.ndarray], options: _Options, channels_first: bool
+) -> list[_Part]:
+    """Resize, crop, rescale and normalise pictures [H, W, C], on the device."""
+    size = options.size["shortest_edge"]
+    pictures, plans = [], []
+    # What can go through one program: equal padded shapes, channels, and a path through 8 bits.
+    groups: dict[tuple, list[int]] = {}
+    for number, image in enumerate(images):
+        in_size, channels = image.shape[:2], image.shape[2]
+        out_size, crop = resize_rule(*in_size, size, options.crop_pct)
+        plans.append(resampling.plan_resize(in_size, out_size, options.resample, crop))
+        picture, was_scaled = _to_uint8(image)
+        pictures.append(picture)
+        # Pillow filters the colours of pictures with transparency multiplied by it.
+        alpha = (
+            channels in (2, 4)
+            and out_size != in_size
+            and options.resample != resampling.Resampling.NEAREST
+        )
+        kind = (resampling.packed_shape(plans[-1]), channels, was_scaled, alpha)
+        groups.setdefault(kind, []).append(number)
+
+    parts = []
+    for ((height, width, n_taps), channels, was_scaled, alpha), group in groups.items():
+        # After resizing there are 256 possible values a channel: all arithmetic that follows is
+        # done on those, in numpy, and looked up.
+        values = np.repeat(np.arange(256, dtype=np.uint8)[:, None], channels, axis=1)
+        if was_scaled:
+            values = (values * (1 / 255)).astype(np.float32)
+        table = _rescale_and_normalize(values, options)
+        for part in _split(group, height * width):
+            batch, packed = resampling.pack([pictures[n] for n in part], [plans[n] for n in part])
+            pixels = _device_program(
+                batch, _join(packed, table), size, n_taps, table.dtype.name, alpha, channels_first
+            )
+            parts.append(_Part(part, pixels))
+    return parts
+
+
+def _split(group: Sequence[int], pixels: int) -> list[Sequence[int]]:
+    """Cut a group into parts of a few sizes, since each size is a program of its own.
+
+    A CPU works on one picture after the other anyway; an accelerator on several, but not on more
+    than 16 padded pictures of a megapixel.
+    """
+    device = jax.config.jax_default_device  # None, a device, or the name of a platform
+    platform = getattr(device, "platform", device) or jax.default_backend()
+    sizes = [1] if platform == "cpu" else [n for n in (16, 4, 1) if n * pixels <= 2**24 or n == 1]
+    parts, first = [], 0
+    while first < len(group):
+        count = next(n for n in sizes if first + n <= len(group))
+        parts.append(group[first : first + count])
+        first += count
+    return parts
+
+
+def _join(plans: resampling.ResizePlan, table: np.ndarray) -> np.ndarray:
+    """Plans for N pictures and a table [256, C], as one array of int32.
+
+    A transfer to an accelerator takes longer to start than these numbers take to move.
+    """
+    # Where no arithmetic is done the table holds 0 .. 255 as uint8, and else float32.
+    table = table.astype(np.int32) if table.dtype == np.uint8 else table.view(np.int32)
+    arrays = (*plans.rows, *plans.columns, plans.rows_first.astype(np.int32), table)
+    return np.concatenate([array.ravel() for array in arrays])
+
+
+def _take_apart(
+    settings: jax.Array, count: int, size: int, n_taps: int, table_dtype: str
+) -> tuple[resampling.ResizePlan, jax.Array]:
+    """Undo `_join`, under jit."""
+    starts, weights = (count, size), (count, size, n_taps)
+    lengths = [math.prod(shape) for shape in (starts, weights, starts, weights, (count,))]
+    *axes, rows_first, table = jnp.split(settings, np.cumsum(lengths))
+    rows, columns = (
+        resampling.Taps(axes[i].reshape(starts), axes[i + 1].reshape(weights)) for i in (0, 2)
     )
-    batch, plans = resampling.pack([pixels], [plan])
-    return _device_program(
-        batch[0], jax.tree.map(lambda x: x[0], plans), table, alpha, channels_first
-    )
+    if table_dtype == "uint8":
+        table = table.astype(jnp.uint8)
+    else:
+        table = jax.lax.bitcast_convert_type(table, table_dtype)
+    return resampling.ResizePlan(rows, columns, rows_first != 0), table.reshape(256, -1)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _device_program(
+    images: jax.Array,
+    settings: jax.Array,
+    size: int,
+    n_taps: int,
+    table_dtype: str,
+    alpha: bool,
+    channels_first: bool,
+) -> jax.Array:
+    """[N, H, W, C] uint8 -> [N, S, S, C] or [N, C, S, S] of the dtype of the table."""
+    plans, table = _take_apart(settings, len(images), size, n_taps, table_dtype)
+    if alpha:
+        images = resampling.premultiply_alpha(images)
+    images = resampling.apply_plan(images, plans)
+    if alpha:
+        images = resampling.unpremultiply_alpha(images)
+    channel = jnp.arange(images.shape[-1])
+    if channels_first:
+        images, channel = images.transpose(0, 3, 1, 2), channel[:, None, None]
+    return table[images, channel]
 
 
 def _to_uint8(image: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -577,47 +772,49 @@ def _to_uint8(image: np.ndarray) -> tuple[np.ndarray, bool]:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("alpha", "channels_first"))
-def _device_program(
-    image: jax.Array,
-    plan: resampling.ResizePlan,
-    table: jax.Array,
-    alpha: bool,
-    channels_first: bool,
-) -> jax.Array:
-    """[H, W, C] uint8 -> [S, S, C] or [C, S, S] of the dtype of `table` [256, C]."""
-    if alpha:
-        image = resampling.premultiply_alpha(image)
-    image = resampling.apply_plan(image, plan)
-    if alpha:
-        image = resampling.unpremultiply_alpha(image)
-    channel = jnp.arange(image.shape[-1])
-    if channels_first:
-        image, channel = image.transpose(2, 0, 1), channel[:, None, None]
-    return table[image, channel]
-
-
 # Pictures out -------------------------------------------------------------------------------------
 
 
-def _as_tensors(results: list[np.ndarray | jax.Array], return_tensors: str | None) -> Any:
+def _as_tensors(parts: Sequence[_Part], return_tensors: str | None) -> Any:
+    """A list of arrays of numpy, or one array of the kind asked for."""
+    count = sum(len(part.numbers) for part in parts)
     if return_tensors is None:
-        return [np.array(result) for result in results]
-    shapes = {result.shape for result in results}
+        results: list[Any] = [None] * count
+        for part in parts:
+            for number, result in zip(part.numbers, np.asarray(part.pixels), strict=True):
+                results[number] = np.array(result)
+        return results
+
+    shapes = sorted({part.pixels.shape[1:] for part in parts})
     if len(shapes) > 1:
         raise InputError(
-            f"pictures of the shapes {', '.join(map(str, sorted(shapes)))} do not fit into one "
-            "array: use do_resize=True or return_tensors=None"
+            f"pictures of the shapes {', '.join(map(str, shapes))} do not fit into one array: "
+            "use do_resize=True or return_tensors=None"
         )
-    if return_tensors == "jax" and isinstance(results[0], jax.Array):
-        return jnp.stack(results)
-    stacked = np.stack(results)
-    if return_tensors == "np":
-        return stacked
+    shape, dtype = (count, *shapes[0]), np.result_type(*(part.pixels.dtype for part in parts))
+    if return_tensors == "jax" and all(isinstance(part.pixels, jax.Array) for part in parts):
+        if len(parts) == 1:  # all of them, in order
+            return parts[0].pixels
+        batch = jnp.zeros(shape, dtype)
+        for part in parts:
+            batch = _put(batch, part.pixels, np.array(part.numbers))
+        return batch
+    batch = np.empty(shape, dtype)
+    for part in parts:
+        batch[part.numbers] = part.pixels
     if return_tensors == "jax":
-        return jnp.asarray(stacked)
+        return jnp.asarray(batch)
+    if return_tensors == "np":
+        return batch
+    module, function = _FRAMEWORKS[return_tensors]
     try:
-        import torch
+        return getattr(importlib.import_module(module), function)(batch)
     except ImportError:
-        raise InputError('return_tensors="pt" needs PyTorch, which is not installed') from None
-    return torch.from_numpy(stacked)
+        raise InputError(
+            f'return_tensors="{return_tensors}" needs {module}, which is not installed'
+        ) from None
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(batch: jax.Array, pictures: jax.Array, numbers: jax.Array) -> jax.Array:
+    return batch.at[numbers].set(pictures)

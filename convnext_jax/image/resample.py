@@ -38,6 +38,7 @@ __all__ = [
     "Taps",
     "apply_plan",
     "pack",
+    "packed_shape",
     "plan_resize",
     "premultiply_alpha",
     "resize",
@@ -45,6 +46,9 @@ __all__ = [
 ]
 
 PRECISION_BITS = 22
+# The weights of one side take about as much memory as 16 times its pixels; and nothing longer than
+# this is a photo.
+MAX_SIDE = 2**20
 
 
 class Taps(NamedTuple):
@@ -133,26 +137,26 @@ def plan_resize(
       A plan of numpy arrays, with `out_size` (or the crop's size) outputs.
 
     Raises:
-      InputError: A side below 1 pixel or an unknown filter.
+      InputError: A side below 1 or above 2**20 pixels, or an unknown filter.
     """
     for size in (in_size, out_size):
-        if min(size) < 1:
+        if min(size) < 1 or max(size) > MAX_SIDE:
             raise InputError(
                 f"cannot resize (height, width) {tuple(in_size)} to {tuple(out_size)}: "
-                "every side must be at least 1 pixel"
+                f"every side must be from 1 to {MAX_SIDE} pixels"
             )
     if resample != Resampling.NEAREST and resample not in _FILTERS:
         raise InputError(
             f"unknown resampling filter {resample!r}: use 0 (nearest), 1 (lanczos), 2 (bilinear), "
             "3 (bicubic), 4 (box) or 5 (hamming)"
         )
+    top, left, height, width = (0, 0, *out_size) if crop is None else crop
     rows, columns = (
-        _make_taps(int(before), int(after), int(resample))
-        for before, after in zip(in_size, out_size, strict=True)
+        _make_taps(int(before), int(after), int(resample), int(first), int(count))
+        for before, after, first, count in zip(
+            in_size, out_size, (top, left), (height, width), strict=True
+        )
     )
-    if crop is not None:
-        top, left, height, width = crop
-        rows, columns = _crop_taps(rows, top, height), _crop_taps(columns, left, width)
     return ResizePlan(rows, columns, np.bool_(_rows_first(in_size, out_size)))
 
 
@@ -164,36 +168,49 @@ def _rows_first(in_size: tuple[int, int], out_size: tuple[int, int]) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _make_taps(in_size: int, out_size: int, resample: int) -> Taps:
-    """Taps of one side, as read-only numpy arrays."""
-    if in_size == out_size:
-        start, weights = np.arange(out_size), np.ones((out_size, 1))
+def _make_taps(in_size: int, out_size: int, resample: int, first: int, count: int) -> Taps:
+    """Taps of one side for `count` outputs from `first` on, as read-only numpy arrays."""
+    # Outputs outside of the picture have no weights.
+    low = min(max(first, 0), out_size)
+    high = min(max(first + count, low), out_size)
+    index = np.arange(low, high)
+    if in_size == out_size or low == high:
+        start, weights = index, np.ones((len(index), 1))
     elif resample == Resampling.NEAREST:
         # The coordinate is accumulated, and its rounding errors with it: (i + 0.5) * scale often
         # names another pixel.
         scale = in_size / out_size
-        steps = np.full(out_size, scale)
+        steps = np.full(high, scale)
         steps[0] *= 0.5
-        start, weights = np.add.accumulate(steps).astype(np.int64), np.ones((out_size, 1))
+        start = np.add.accumulate(steps)[low:].astype(np.int64)
+        weights = np.ones((len(index), 1))
     else:
-        start, weights = _filter_weights(in_size, out_size, *_FILTERS[resample])
+        start, weights = _filter_weights(in_size, out_size, index, *_FILTERS[resample])
     # Rounds half away from zero: the conversion truncates.
     fixed = weights * (1 << PRECISION_BITS) + np.where(weights < 0.0, -0.5, 0.5)
-    taps = Taps(start.astype(np.int32), fixed.astype(np.int32))
+    before = min(max(-first, 0), count)
+    missing = (before, count - before - len(index))
+    taps = Taps(
+        np.pad(start.astype(np.int32), missing), np.pad(fixed.astype(np.int32), (missing, (0, 0)))
+    )
     for array in taps:
         array.flags.writeable = False
     return taps
 
 
 def _filter_weights(
-    in_size: int, out_size: int, kernel: Callable[[np.ndarray], np.ndarray], support: float
+    in_size: int,
+    out_size: int,
+    outputs: np.ndarray,
+    kernel: Callable[[np.ndarray], np.ndarray],
+    support: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First input index [out_size] and normalised float64 weights [out_size, n_taps]."""
+    """Of the outputs named: first input index [n] and normalised float64 weights [n, n_taps]."""
     scale = in_size / out_size
     # When shrinking, the filter is stretched so that it covers every input pixel.
     stretch = max(scale, 1.0)
     support *= stretch
-    center = (np.arange(out_size) + 0.5) * scale
+    center = (outputs + 0.5) * scale
     start = np.maximum((center - support + 0.5).astype(np.int64), 0)
     stop = np.minimum((center + support + 0.5).astype(np.int64), in_size)
     index = start[:, None] + np.arange((stop - start).max())
@@ -204,24 +221,33 @@ def _filter_weights(
     return start, weights / np.where(total == 0.0, 1.0, total)
 
 
-def _crop_taps(taps: Taps, first: int, count: int) -> Taps:
-    """Keep the outputs `first`, ..., `first + count - 1`; those that do not exist become zero."""
-    n_out = len(taps.start)
-    low, high = min(max(first, 0), n_out), max(min(first + count, n_out), 0)
-    missing = (low - first, first + count - high)
-    return Taps(
-        np.pad(taps.start[low:high], missing), np.pad(taps.weights[low:high], (missing, (0, 0)))
-    )
-
-
 # Many sizes, few shapes ---------------------------------------------------------------------------
 
 
-def _bucket(n: int, smallest: int, factor: int) -> int:
+def _bucket(n: int, smallest: int, factor: int, step: int = 4096) -> int:
+    """The next of smallest, smallest * factor, ..., and from `step` on of its multiples."""
     bucket = smallest
     while bucket < n:
-        bucket *= factor
+        bucket = min(bucket * factor, bucket + step)
     return bucket
+
+
+def packed_shape(plan: ResizePlan) -> tuple[int, int, int]:
+    """The shape that `pack` gives to the one picture of a plan.
+
+    Only the part of a picture that its plan reads is kept. Its sides are padded to 64, 128, 256,
+    ... pixels, the shorter at least to half of the longer, so that photos of every size and
+    orientation share at most three shapes an octave; taps are padded to 8, 32, 128, ... a pixel.
+    Only what is longer than 4096 pixels is padded less, for the sake of memory.
+
+    Returns:
+      Height, width, and taps of an output pixel.
+    """
+    height, width = (stop - first for first, stop in map(_span, (plan.rows, plan.columns)))
+    if max(height, width) <= max(4 * min(height, width), 4096):
+        height, width = max(height, width // 2), max(width, height // 2)
+    n_taps = max(taps.weights.shape[1] for taps in (plan.rows, plan.columns))
+    return _bucket(height, 64, 2), _bucket(width, 64, 2), _bucket(n_taps, 8, 4)
 
 
 def pack(
@@ -229,9 +255,7 @@ def pack(
 ) -> tuple[np.ndarray, ResizePlan]:
     """Bring pictures of many sizes to one shape out of a small set, for `apply_plan`.
 
-    Only the part of a picture that its plan reads is kept. Sides are padded to 64, 128, 256, ...
-    pixels, the shorter at least to half of the longer, so that photos of every size and
-    orientation share at most three shapes an octave; taps are padded to 8, 32, 128, ... a pixel.
+    The shape is the largest `packed_shape` of the plans; pictures and taps are padded with zeros.
 
     Args:
       images: N arrays [H_i, W_i, C] uint8, C the same for all.
@@ -240,29 +264,20 @@ def pack(
     Returns:
       The pictures, [N, H, W, C] uint8, and one plan with a leading axis N; all numpy.
     """
-    windows, packed = [], ([], [])
-    for image, plan in zip(images, plans, strict=True):
-        spans = [_span(taps) for taps in (plan.rows, plan.columns)]
-        windows.append(image[tuple(slice(*span) for span in spans)])
-        for axis, taps in enumerate((plan.rows, plan.columns)):
+    height, width, n_taps = (max(sizes) for sizes in zip(*map(packed_shape, plans), strict=True))
+    batch = np.zeros((len(images), height, width, images[0].shape[-1]), np.uint8)
+    starts = [np.zeros((len(plans), len(taps.start)), np.int32) for taps in plans[0][:2]]
+    weights = [np.zeros((*start.shape, n_taps), np.int32) for start in starts]
+    for number, (image, plan) in enumerate(zip(images, plans, strict=True)):
+        spans = [_span(taps) for taps in plan[:2]]
+        window = image[tuple(slice(*span) for span in spans)]
+        batch[number, : window.shape[0], : window.shape[1]] = window
+        for axis, taps in enumerate(plan[:2]):
             # Outputs without any weight may start anywhere; keep them inside.
-            packed[axis].append(taps._replace(start=np.maximum(taps.start - spans[axis][0], 0)))
-
-    height, width = (max(window.shape[axis] for window in windows) for axis in (0, 1))
-    shape = (_bucket(max(height, width // 2), 64, 2), _bucket(max(width, height // 2), 64, 2))
-    batch = np.zeros((len(windows), *shape, windows[0].shape[-1]), np.uint8)
-    for target, window in zip(batch, windows, strict=True):
-        target[: window.shape[0], : window.shape[1]] = window
-
-    n_taps = _bucket(max(taps.weights.shape[1] for axis in packed for taps in axis), 8, 4)
-    rows, columns = (
-        Taps(
-            np.stack([taps.start for taps in axis]),
-            np.stack([np.pad(t.weights, ((0, 0), (0, n_taps - t.weights.shape[1]))) for t in axis]),
-        )
-        for axis in packed
-    )
-    return batch, ResizePlan(rows, columns, np.stack([plan.rows_first for plan in plans]))
+            starts[axis][number] = np.maximum(taps.start - spans[axis][0], 0)
+            weights[axis][number, :, : taps.weights.shape[1]] = taps.weights
+    rows, columns = (Taps(*taps) for taps in zip(starts, weights, strict=True))
+    return batch, ResizePlan(rows, columns, np.array([plan.rows_first for plan in plans]))
 
 
 def _span(taps: Taps) -> tuple[int, int]:

@@ -1,11 +1,10 @@
 """The image processor against values of the original, and against its semantics written out."""
 
-import io
+import enum
 import json
 import subprocess
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 
 import jax
@@ -16,7 +15,15 @@ import pytest
 from PIL import Image
 
 from convnext_jax.errors import InputError
-from convnext_jax.image import BatchFeature, ConvNextImageProcessor, to_rgb
+from convnext_jax.image import (
+    PRESETS,
+    BatchFeature,
+    ConvNextFeatureExtractor,
+    ConvNextImageProcessor,
+    processor,
+    read_image,
+    to_rgb,
+)
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -138,28 +145,6 @@ def test_options_equal_the_originals_semantics():
         {"image_mean": 0.1, "image_std": 0.7},
     ]:
         assert np.array_equal(pixels(image, size=24, **options), original(image, 24, **options))
-
-
-def real_photos() -> list[Image.Image]:
-    files = [path.read_bytes() for path in sorted((DATA / "sample_photos").glob("*.*g"))]
-    archive = DATA / "imagenet_sample_dev" / "images.zip"
-    if archive.exists():
-        with zipfile.ZipFile(archive) as z:
-            files += [z.read(name) for name in z.namelist() if name.lower().endswith("jpeg")]
-    return [Image.open(io.BytesIO(file)) for file in files]
-
-
-@pillow_13
-@pytest.mark.slow
-@pytest.mark.skipif(not DATA.exists(), reason=f"no photos in {DATA}")
-@pytest.mark.parametrize("size", [96, 224, 384])
-def test_real_photos(size):
-    photos = real_photos()
-    assert len(photos) > 50
-    for photo in photos:
-        out = pixels(photo, size=size, resample=3, **IMAGENET)
-        expected = original(np.asarray(to_rgb(photo)), size, resample=3, **IMAGENET)
-        assert np.array_equal(out, expected)
 
 
 # Steps --------------------------------------------------------------------------------------------
@@ -301,6 +286,8 @@ def test_torch_tensors():
     out = run(torch.from_numpy(image).permute(2, 0, 1), return_tensors="pt").pixel_values
     assert isinstance(out, torch.Tensor)
     assert np.array_equal(out.numpy(), expected)
+    whole = run(image, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
+    assert whole.dtype == torch.uint8
     learnt = torch.full((3, 9, 9), 0.5, dtype=torch.bfloat16, requires_grad=True)
     assert run(learnt, do_rescale=False).pixel_values[0].shape == (3, 16, 16)
 
@@ -314,6 +301,85 @@ def test_pil_modes():
         with pytest.raises(InputError):
             pixels(image, size=16, do_convert_rgb=False)
     assert ConvNextImageProcessor(do_convert_rgb=None).do_convert_rgb is True
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_taken_turned_is_seen_as_a_viewer_shows_it(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(synthetic(30, 40)).save(tmp_path / "photo.png", exif=exif)
+    opened = Image.open(tmp_path / "photo.png")
+    run = ConvNextImageProcessor(size=16)
+    as_shown = run(opened).pixel_values[0]
+    assert np.array_equal(as_shown, run(read_image(tmp_path / "photo.png")).pixel_values[0])
+    stored = run(opened, do_convert_rgb=False).pixel_values[0]
+    assert np.array_equal(stored, run(synthetic(30, 40)).pixel_values[0])
+    assert np.array_equal(stored, as_shown) == (orientation == 1)
+
+
+def test_a_file_that_is_cut_short_is_one_clear_error(tmp_path):
+    Image.fromarray(noise(64, 64)).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "photo.png").write_bytes(content[: len(content) // 2])
+    for convert in (True, False):
+        with pytest.raises(InputError, match=r"photo\.png cannot be decoded") as error:
+            ConvNextImageProcessor(size=8)(
+                Image.open(tmp_path / "photo.png"), do_convert_rgb=convert
+            )
+        assert "\n" not in str(error.value)
+
+
+def test_grey_arrays_without_an_axis_of_channels():
+    grey = noise(20, 30, 1)[..., 0]
+    run = ConvNextImageProcessor(size=16)
+    expected = run(np.repeat(grey[..., None], 3, -1)).pixel_values[0]
+    for given in (grey, [grey], grey[None]):
+        out = run(given, input_data_format="none").pixel_values
+        assert len(out) == 1
+        assert np.array_equal(out[0], expected)
+    one = run(
+        grey, input_data_format="none", do_convert_rgb=False, image_mean=0.5, image_std=0.5
+    ).pixel_values[0]
+    assert np.array_equal(one, expected[:1])
+
+
+def test_names_from_enumerations():
+    """The original's `TensorType` and `ChannelDimension` are enumerations of text."""
+
+    class Kind(enum.StrEnum):
+        JAX = "jax"
+        LAST = "channels_last"
+
+    run = ConvNextImageProcessor(size=16)
+    out = run(
+        noise(20, 20), return_tensors=Kind.JAX, data_format=Kind.LAST, input_data_format=Kind.LAST
+    )
+    assert isinstance(out.pixel_values, jax.Array)
+    assert out.pixel_values.shape == (1, 16, 16, 3)
+
+
+def test_frameworks_that_are_not_installed(monkeypatch):
+    for name, module in (("pt", "torch"), ("tf", "tensorflow")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(InputError, match=f'return_tensors="{name}" needs {module}'):
+            ConvNextImageProcessor(size=8)(noise(9, 9), return_tensors=name)
+
+
+def test_pictures_of_different_kinds_in_one_list():
+    """They go through different programs, and come out in their order."""
+    image, other = noise(20, 20), synthetic(200, 300)
+    fractions = (other / 256).astype(np.float32)
+    run = ConvNextImageProcessor(size=16, do_rescale=False, do_normalize=False)
+    mixed = [image, fractions, other, image[::-1], other[:90]]
+    expected = [run(each).pixel_values[0] for each in mixed]
+    assert [x.dtype for x in expected] == [np.uint8, np.float32, *[np.uint8] * 3]
+    for out, one in zip(run(mixed).pixel_values, expected, strict=True):
+        assert out.dtype == one.dtype
+        assert np.array_equal(out, one)
+    for kind in ("np", "jax"):
+        out = run(mixed, return_tensors=kind).pixel_values
+        assert out.dtype == np.float32
+        assert np.array_equal(out, np.stack(expected))
 
 
 def test_other_numbers_of_channels():
@@ -367,6 +433,84 @@ def test_a_stream_of_sizes_compiles_a_handful_of_programs():
     assert len(compiled) - after_40 <= 4
 
 
+def accelerator(group, pixels):
+    """How a list is cut where the default device is none of a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        return split(group, pixels)
+
+
+split = processor._split
+
+
+def test_lists_are_cut_into_parts_of_few_sizes():
+    assert split([5, 6, 7], 2**18) == [[5], [6], [7]]
+    assert [len(part) for part in accelerator(list(range(39)), 2**18)] == [16, 16, 4, 1, 1, 1]
+    assert [n for part in accelerator(range(39), 2**18) for n in part] == list(range(39))
+    # At most sixteen padded pictures of a megapixel.
+    assert [len(part) for part in accelerator(list(range(17)), 2**22)] == [4, 4, 4, 4, 1]
+    assert [len(part) for part in accelerator([0, 1], 2**26)] == [1, 1]
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_list_in_parts_equals_its_pictures_one_by_one(monkeypatch, channels):
+    sizes = np.random.default_rng(2).integers(20, 90, (23, 2)).tolist()
+    images = [noise(height, width, channels) for height, width in sizes]
+    run = ConvNextImageProcessor(size=24, resample=3, image_mean=0.4, image_std=0.2)
+    layout = {"input_data_format": "channels_last"}
+    expected = np.stack([run(image, **layout).pixel_values[0] for image in images])
+    monkeypatch.setattr(processor, "_split", accelerator)
+    for kind in ("np", "jax", None):
+        out = run(images, return_tensors=kind, **layout).pixel_values
+        assert np.array_equal(out, expected)
+
+
+# Presets ------------------------------------------------------------------------------------------
+
+
+def test_presets():
+    """What the published files say, and torchvision's own sizes before the crop."""
+    run = ConvNextImageProcessor.preset("imagenet_224")
+    assert run.to_dict() == ConvNextImageProcessor(size=224, resample=3, **IMAGENET).to_dict()
+    shorter = {
+        "imagenet_224": (256, 224),
+        "imagenet_288": (288, 288),
+        "imagenet_384": (384, 384),
+        "imagenet_512": (512, 512),
+        "torchvision_tiny": (236, 224),
+        "torchvision_small": (230, 224),
+        "torchvision_base": (232, 224),
+        "torchvision_large": (232, 224),
+    }
+    assert set(shorter) == set(PRESETS)
+    for name, (resized, size) in shorter.items():
+        run = ConvNextImageProcessor.preset(name)
+        (height, width), _ = processor.resize_rule(500, 400, size, run.crop_pct)
+        assert run.size == {"shortest_edge": size}
+        assert min(height, width) == resized
+        assert (height == width) == (size >= 384)
+        assert run.resample == (2 if name.startswith("torchvision") else 3)
+        assert {"image_mean": run.image_mean, "image_std": run.image_std} == IMAGENET
+    changed = ConvNextImageProcessor.preset("imagenet_384", size=512, image_mean=0.5)
+    assert (changed.size, changed.image_mean) == ({"shortest_edge": 512}, 0.5)
+    changed.image_std[0] = 9.0
+    assert PRESETS["imagenet_384"]["image_std"] == IMAGENET["image_std"]
+    with pytest.raises(InputError, match="unknown preset 'imagenet': use one of imagenet_224"):
+        ConvNextImageProcessor.preset("imagenet")
+
+
+def test_the_former_name_warns():
+    with pytest.warns(FutureWarning, match="ConvNextImageProcessor"):
+        old = ConvNextFeatureExtractor(size=24)
+    assert isinstance(old, ConvNextImageProcessor)
+    assert old.to_dict() == ConvNextImageProcessor(size=24).to_dict()
+    image = noise(30, 40)
+    new = ConvNextImageProcessor(size=24)
+    assert np.array_equal(old(image).pixel_values[0], new(image).pixel_values[0])
+    with pytest.warns(FutureWarning):
+        assert type(ConvNextFeatureExtractor.from_dict({"size": 8})) is ConvNextFeatureExtractor
+
+
 # Saving -------------------------------------------------------------------------------------------
 
 
@@ -401,7 +545,7 @@ def test_round_trip(tmp_path):
         rescale_factor=1 / 127,
         do_normalize=False,
         image_mean=np.array([0.1, 0.2, 0.3]),
-        image_std=(0.4, 0.5, 0.6),
+        image_std=(np.float32(0.5), 0.5, jnp.asarray(0.25)),
         do_convert_rgb=False,
         something_else={"kept": [1]},
     )
@@ -483,13 +627,17 @@ IMAGE = np.zeros((9, 9, 3), np.uint8)
         (IMAGE, {"resample": 7}, "unknown resampling filter 7"),
         (IMAGE, {"resample": "bicubic"}, "resample must be the number .* not 'bicubic'"),
         (IMAGE, {"rescale_factor": "1"}, "rescale_factor"),
+        (IMAGE, {"rescale_factor": float("nan")}, "rescale_factor"),
+        (IMAGE, {"rescale_factor": 10**400}, "rescale_factor"),
+        (IMAGE, {"image_mean": float("inf")}, "image_mean must be a number"),
+        (IMAGE, {"image_mean": [0.5, None, 0.5]}, "image_mean must be a number"),
         (IMAGE, {"image_mean": [0.5, 0.5]}, r"image_mean=\[0.5, 0.5\] must be .* 3 channels"),
         (IMAGE, {"image_std": [0.5]}, "image_std"),
         (IMAGE, {"image_std": "x"}, "image_std"),
         (IMAGE, {"image_std": [0.5, 0, 0.5]}, "must not be 0"),
-        (IMAGE, {"return_tensors": "tf"}, "return_tensors='tf'"),
+        (IMAGE, {"return_tensors": "mx"}, "return_tensors='mx'"),
         (IMAGE, {"data_format": "NHWC"}, "data_format must be"),
-        (IMAGE, {"input_data_format": "none"}, "input_data_format must be"),
+        (IMAGE, {"input_data_format": "NHWC"}, "input_data_format must be"),
         ([], {}, "the list is empty"),
         ("cat.jpg", {}, "cannot be a str"),
         ([IMAGE, None], {}, "cannot be a NoneType"),

@@ -142,7 +142,9 @@ def test_weights_to_nine_digits(before, after, resample):
     # weights, unrounded; so one pixel of 2**30 a row shows every weight.
     impulses = np.diag(np.full(before, 2**30, np.int32))
     theirs = np.asarray(Image.fromarray(impulses).resize((after, before), resample)).T
-    start, weights = resampling._filter_weights(before, after, *resampling._FILTERS[resample])
+    start, weights = resampling._filter_weights(
+        before, after, np.arange(after), *resampling._FILTERS[resample]
+    )
     ours = np.zeros((after, before))
     for row, first, w in zip(ours, start, weights, strict=True):
         row[first : first + len(w)] = w[: before - first]
@@ -268,7 +270,7 @@ def test_photos(resample):
     [
         ((4, 4, 3), np.float32, (2, 2), 3, "float32: convert them first"),
         ((4, 4), np.uint8, (2, 2), 3, r"got shape \(4, 4\)"),
-        ((4, 4, 3), np.uint8, (0, 2), 3, "at least 1 pixel"),
+        ((4, 4, 3), np.uint8, (0, 2), 3, "every side must be from 1 to 1048576 pixels"),
         ((4, 4, 3), np.uint8, (2, 2), 6, "unknown resampling filter 6"),
     ],
 )

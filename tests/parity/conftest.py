@@ -22,7 +22,7 @@ else:
     torch.set_num_threads(2)
 
 if os.environ.get("CONVNEXT_JAX_PARITY") == "required":
-    for package in ("torch", "transformers", "timm"):
+    for package in ("torch", "transformers", "timm", "torchvision"):
         importlib.import_module(package)
 
 WORST: dict[str, tuple[float, str]] = {}

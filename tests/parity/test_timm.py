@@ -32,12 +32,20 @@ RENAMING = (
 )
 
 
-@pytest.mark.parametrize("name", PRESETS)
+# timm has the largest network as a V2 alone, and no isotropic ones.
+NETWORKS = [
+    *(("convnext", name) for name in PRESETS if not name.startswith(("huge", "isotropic"))),
+    *(("convnextv2", name) for name in ("atto", "femto", "pico", "nano", "tiny", "huge")),
+]
+
+
+@pytest.mark.parametrize(("model_type", "name"), NETWORKS)
 @pytest.mark.parametrize("num_labels", [1000, 21841, 0])
-def test_parameter_counts_are_equal(name, num_labels):
+def test_parameter_counts_are_equal(model_type, name, num_labels):
     with torch.device("meta"):
-        theirs = timm.create_model(f"convnext_{name}", num_classes=num_labels)
-    model = ConvNextForImageClassification(ConvNextConfig.preset(name, num_labels=num_labels))
+        theirs = timm.create_model(f"{model_type}_{name}", num_classes=num_labels)
+    config = ConvNextConfig.preset(name, num_labels=num_labels, model_type=model_type)
+    model = ConvNextForImageClassification(config, implementation="plain")
     ours = jax.tree.leaves(jax.eval_shape(model.init_variables, jax.random.key(0)))
     assert sum(math.prod(leaf.shape) for leaf in ours) == sum(
         parameter.numel() for parameter in theirs.parameters()

@@ -28,8 +28,11 @@ BOUNDS = {"f64": 1e-9, "f32": 1e-4}
 DTYPES = {"f64": np.float64, "f32": np.float32}
 OURS = {"classifier": ConvNextForImageClassification, "backbone": ConvNextBackbone}
 THEIRS = {
-    "classifier": transformers.ConvNextForImageClassification,
-    "backbone": transformers.ConvNextBackbone,
+    ("convnext", "classifier"): transformers.ConvNextForImageClassification,
+    ("convnext", "backbone"): transformers.ConvNextBackbone,
+    ("convnextv2", "classifier"): transformers.ConvNextV2ForImageClassification,
+    ("convnextv2", "backbone"): transformers.ConvNextV2Backbone,
+    ("dinov3_convnext", "backbone"): transformers.DINOv3ConvNextBackbone,
 }
 
 
@@ -87,6 +90,14 @@ CASES = {
     "backbone, last stage": small(kind="backbone"),
     "backbone, by name": small(kind="backbone", out_features=["stem", "stage1", "stage3"]),
     "backbone, by index": small((1, 4, 50, 33), "backbone", out_indices=(1, -1), num_channels=4),
+    "V2": small(model_type="convnextv2"),
+    "V2, patch 2": small((2, 3, 21, 30), patch_size=2, model_type="convnextv2"),
+    "V2, backbone": small(
+        kind="backbone", model_type="convnextv2", out_features=["stage1", "stage3"]
+    ),
+    "DINOv3": small(
+        kind="backbone", model_type="dinov3_convnext", out_indices=(0, 1, 2, 3), layer_norm_eps=1e-3
+    ),
 }  # fmt: skip
 
 # Five blocks, so that the rates 0, 1/8, .. 1/2 are the same numbers in f32 and in f64:
@@ -176,7 +187,7 @@ def test_a_folder_written_here_loads_in_transformers(kind, tmp_path):
     model, state = OURS[kind](case.config), random_state(their_model(case))
     variables = pretrained.load_state_dict(model, state, "random weights", jnp.float32)
     model.save_pretrained(tmp_path, variables)
-    theirs, report = THEIRS[kind].from_pretrained(tmp_path, output_loading_info=True)
+    theirs, report = THEIRS["convnext", kind].from_pretrained(tmp_path, output_loading_info=True)
     assert {"missing_keys", "unexpected_keys", "mismatched_keys"} <= report.keys()
     assert not any(report.values()), report
     assert too_large(output_errors(model, variables, theirs, case), "f32") == {}
@@ -279,6 +290,30 @@ def test_a_mutation_is_seen(mutation, precision, monkeypatch, record_worst):
         assert too_large(errors, precision) != {}
 
 
+def test_a_mutation_of_v2_is_seen(monkeypatch, record_worst):
+    """Of the global response norm alone: the other norms keep their epsilon."""
+    right = modeling.nn.LayerNorm
+    monkeypatch.setattr(modeling, "EPSILON", 1e-5)
+    monkeypatch.setattr(
+        modeling.nn, "LayerNorm", lambda **options: right(**options | {"epsilon": 1e-6})
+    )
+    with jax.enable_x64(True):
+        case = CASES["V2"]
+        config = case.config.replace(layer_norm_eps=1e-6)
+        errors = compare(dataclasses.replace(case, config=config), "f64")
+    record_worst("f64, with another epsilon in the global response norm", errors)
+    assert too_large(errors, "f64") != {}
+
+
+def test_a_mutation_of_dinov3_is_seen(monkeypatch, record_worst):
+    """Its norms have the epsilon of the configuration, here 1e-3."""
+    _change_epsilon(monkeypatch, 1e-3, 1e-6)
+    with jax.enable_x64(True):
+        errors = compare(CASES["DINOv3"], "f64")
+    record_worst("f64, with the epsilon of the other families", errors)
+    assert too_large(errors, "f64") != {}
+
+
 def test_a_mutation_of_the_drop_path_rates_is_seen(
     precision, same_draws, monkeypatch, record_worst
 ):
@@ -348,7 +383,7 @@ def run_ours(state, pictures, labels, case: Case) -> dict:
     quick = {"xla_backend_optimization_level": 0} if case.implementation == "plain" else None
     run = jax.jit(jax.grad(loss_of, has_aux=True), compiler_options=quick)
     gradients, results = run(variables["params"])
-    gradients = pretrained.state_dict({"params": gradients})
+    gradients = pretrained.state_dict({"params": gradients}, case.config.model_type)
     return results | {f"gradient of {name}": value for name, value in gradients.items()}
 
 
@@ -356,8 +391,8 @@ def run_theirs(model, pictures, labels) -> dict:
     """The same of a transformers model."""
     arguments = {} if labels is None else {"labels": torch.from_numpy(labels)}
     pooled = {}
-    if hasattr(model, "convnext"):
-        model.convnext.register_forward_hook(
+    if hasattr(model, "classifier"):
+        model.base_model.register_forward_hook(
             lambda _module, _inputs, output: pooled.update(pooled=output.pooler_output)
         )
     output = model(torch.from_numpy(pictures), **arguments, output_hidden_states=True)
@@ -368,7 +403,11 @@ def run_theirs(model, pictures, labels) -> dict:
             (torch.from_numpy(weights[name]) * results[name]).sum() for name in weights
         )
     results["loss"].backward()
-    gradients = {f"gradient of {name}": value.grad for name, value in model.named_parameters()}
+    # DINOv3's modules call "model.stages" what its files call "stages".
+    gradients = {
+        f"gradient of {name.removeprefix('model.')}": value.grad
+        for name, value in model.named_parameters()
+    }
     return {name: value.detach() for name, value in results.items()} | gradients
 
 
@@ -399,7 +438,8 @@ def rate_errors(config: ConvNextConfig) -> list[float]:
 
 def their_model(case: Case) -> torch.nn.Module:
     """A transformers model with the random weights, in f32."""
-    model = THEIRS[case.kind](transformers.ConvNextConfig.from_dict(case.config.to_dict()))
+    model_class = THEIRS[case.config.model_type, case.kind]
+    model = model_class(model_class.config_class.from_dict(case.config.to_dict()))
     model.load_state_dict({k: torch.from_numpy(v) for k, v in random_state(model).items()})
     return model.train(case.train)
 
@@ -410,7 +450,7 @@ def random_state(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
     def draw(name, tensor):
         value = rng.standard_normal(tuple(tensor.shape))
-        if tensor.ndim > 1:
+        if tensor.ndim > 1 and ".grn." not in name:
             return value / np.sqrt(np.prod(tensor.shape[1:]))
         return 0.2 * value if name.endswith("bias") else 1 + 0.2 * value
 
