@@ -186,15 +186,12 @@ def test_every_photo_with_both_rules_and_filters():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.exists(), reason=f"no photos in {DATA}")
-def test_every_photo_of_imagenette():
-    """11 thousand photos; those of a class are given as one list."""
-    process = ConvNextImageProcessor(**cases.PHOTO_OPTIONS["224, bicubic, ImageNet"])
-    hashes: dict[str, list[str]] = {}
-    for name, image in zipped(DATA / "imagenette128" / "imagenette128.zip"):
-        group = "/".join(name.split("/")[-3:-1])
-        hashes.setdefault(group, []).append(cases.digest(process(image).pixel_values))
-    found = {group: cases.digest([np.array(each)]) for group, each in hashes.items()}
-    assert found == photo_fixtures()["imagenette128"]
+@pytest.mark.parametrize("data_set", cases.SMALL_OPTIONS)
+def test_every_picture_of_a_data_set(data_set):
+    """11 thousand photos, 50 thousand small ones and 70 thousand grey pictures."""
+    process = ConvNextImageProcessor(**cases.SMALL_OPTIONS[data_set])
+    found = cases.small_hashes(data_set, DATA, process)
+    assert found == photo_fixtures()[data_set]
 
 
 def test_a_hash_sees_one_rounding():
