@@ -2,6 +2,8 @@
 
     python train.py                                         # the digits that scikit-learn carries
     python train.py --config configs/image_folder.py --config.data.folder=photos
+    python train.py --config configs/image_folder.py:finetune --config.data.folder=photos \
+        --config.init_from=facebook/convnext-tiny-224
     python train.py --config configs/fashion_mnist.py --workdir runs/mine --config.batch_size=256
 
 A run continues when it is started again with the same settings and the same --workdir.
@@ -42,7 +44,8 @@ def main(argv: list[str]) -> int:
         unknown = flags.FLAGS(argv)[1:]
         if unknown:
             return _complain(f"what is {unknown[0]!r}? Settings are given as --config.NAME=VALUE")
-        config_file = Path(flags.FLAGS["config"].config_filename.split(":")[0])
+        name, *row = flags.FLAGS["config"].config_filename.split(":", 1)
+        config_file = Path(name)
         if not config_file.is_file():
             return _complain(f"there is no {config_file}: give --config one of configs/")
         config = _CONFIG.value
@@ -51,12 +54,14 @@ def main(argv: list[str]) -> int:
         hint = f"; did you mean {meant[1]!r}?" if meant else ": see the file that --config names"
         return _complain(f"there is no setting {name[0] if name else error!r}" + hint)
     except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
-        return _complain(str(error))
+        # Of an error inside the file, which comes with its traceback, the last line.
+        message = str(error).strip().splitlines()[-1]
+        return _complain(message.removeprefix("convnext_jax.errors.InputError: "))
 
     try:
         from convnext_jax.training import loop  # after the flags: it takes seconds to import
 
-        loop.train(config, _WORKDIR.value or Path("runs") / config_file.stem)
+        loop.train(config, _WORKDIR.value or Path("runs") / "_".join([config_file.stem, *row]))
     except (InputError, OSError) as error:
         return _complain(str(error))
     except FloatingPointError as error:

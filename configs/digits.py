@@ -28,6 +28,8 @@ def get_config() -> ConfigDict:
     config.model.depths = (2, 2, 2)
     config.model.hidden_sizes = (32, 64, 128)
     config.model.drop_path_rate = 0.1
+    config.augment = ""
+    config.color_jitter = config.erase = config.mixup = config.cutmix = 0.0
 
     config.batch_size = 32
     config.epochs = 40.0

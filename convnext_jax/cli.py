@@ -1,10 +1,11 @@
 """The command `convnext-jax`.
 
     convnext-jax classify MODEL IMAGE [IMAGE ...] [--json] [--top 5]
+    convnext-jax evaluate MODEL DATA [--json] [--labels FILE] [--batch-size 32]
     convnext-jax convert SOURCE FOLDER [--preset NAME] [--config FILE] [--labels FILE] [--size 224]
 
-MODEL is a folder or a hub name, and so is SOURCE, or one file of weights. What the user got wrong
-is one line on stderr and exit status 2.
+MODEL is a folder or a hub name, and so is SOURCE, or one file of weights; DATA is a folder with one
+folder of pictures a class. What the user got wrong is one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from convnext_jax.errors import InputError
 
 # Pictures of one call of the network: one program serves any number of them.
 BATCH = 8
+
+# Rows of the tables that `evaluate` prints; --json has all of them.
+CLASSES_SHOWN, MISTAKES_SHOWN = 20, 5
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -44,6 +48,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--top", type=_positive, default=5, metavar="K", help="classes a picture (default 5)"
     )
     classify_parser.set_defaults(run=classify_command)
+    evaluate_parser = commands.add_parser(
+        "evaluate",
+        help="say how often a model is right on a folder of pictures",
+        description="Measures top-1, top-5 and loss on class folders of pictures, each picture "
+        "once, prepared as the model's own preprocessing says.",
+    )
+    evaluate_parser.add_argument("model", metavar="MODEL", help="a model's folder, or a hub name")
+    evaluate_parser.add_argument(
+        "data", metavar="DATA", help="a folder of <class>/*, or of val/<class>/*"
+    )
+    evaluate_parser.add_argument(
+        "--json", action="store_true", help="print JSON with the confusion matrix, not tables"
+    )
+    evaluate_parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="the folders' names of the model's classes, where its own are others: a JSON list, "
+        "or an object by index, of names or lists of names",
+    )
+    evaluate_parser.add_argument(
+        "--batch-size", type=_positive, default=32, metavar="N", help="default 32"
+    )
+    evaluate_parser.set_defaults(run=evaluate_command)
     convert_parser = commands.add_parser(
         "convert",
         help="make any published ConvNeXt a folder that loads here and in transformers",
@@ -156,6 +183,53 @@ def classify(model_name: str, paths: Sequence[str], top: int = 5) -> Iterator[di
                 for probability, index in zip(row, columns, strict=True)
             ]
             yield {"image": path, "predictions": predictions}
+
+
+def evaluate_command(options: argparse.Namespace) -> None:
+    """Prints how good a model is on a folder of pictures."""
+    try:
+        from convnext_jax.evaluate import evaluate_folder
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("convnext_jax"):
+            raise
+        raise InputError(
+            f"evaluate needs {error.name}, which is not installed: "
+            "pip install 'convnext-jax[train]'"
+        ) from None
+
+    result = evaluate_folder(
+        options.model, options.data, labels=options.labels, batch_size=options.batch_size
+    ).report()
+    if options.json:
+        settings = {"model": options.model, "data": options.data}
+        print(json.dumps(settings | result, indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    for remark in result["remarks"]:
+        print(f"convnext-jax: note: {remark}", file=sys.stderr)
+    print(
+        f"top-1 {result['top1']:.2%}   top-5 {result['top5']:.2%}   "
+        f"loss {'not a number' if result['loss'] is None else format(result['loss'], '.4f')}"
+    )
+    print(
+        f"{result['examples']:,} pictures of {result['classes']:,} of the model's "
+        f"{result['classes_of_model']:,} classes, {result['image_size']} px, in "
+        f"{result['seconds']:,.1f} s ({result['examples_per_second']:,.1f} a second)"
+    )
+    rows = result["per_class"]
+    print("\naccuracy  right        class, and what it is most often taken for")
+    for row in rows[:CLASSES_SHOWN]:
+        taken_for = f" -> {row['taken_for']}" if row["taken_for"] else ""
+        counts = f"{row['right']}/{row['examples']}"
+        folder = f" ({row['folder']})" if row["folder"] != row["label"] else ""
+        print(f"{row['accuracy']:8.2%}  {counts:11}  {row['label']}{folder}{taken_for}")
+    if len(rows) > CLASSES_SHOWN:
+        print(f"and {len(rows) - CLASSES_SHOWN:,} better ones: --json has all")
+    if result["mistakes"]:
+        print("\nthe surest mistakes")
+    for mistake in result["mistakes"][:MISTAKES_SHOWN]:
+        confidence = float("nan") if mistake["confidence"] is None else mistake["confidence"]
+        print(f"{confidence:8.2%}  {mistake['predicted']}, not {mistake['label']}")
+        print(f"          {mistake['image']}")
 
 
 def convert_command(options: argparse.Namespace) -> None:

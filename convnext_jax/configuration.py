@@ -340,6 +340,42 @@ def drop_path_rates(config: ConvNextConfig) -> tuple[tuple[float, ...], ...]:
     )
 
 
+def multiply_adds(config: ConvNextConfig, image_size: int | tuple[int, int] | None = None) -> int:
+    """Multiplications, each with an addition, that the network spends on one picture.
+
+    Those of the convolutions, of the dense layers and of the head (none with num_labels=0); norms,
+    activations and what is done channel by channel are left out, as in the paper's "FLOPs", which
+    are these: 4.5e9 for ConvNeXt-T at 224 pixels. A training step takes about three times as many,
+    and a multiply-add is two floating-point operations.
+
+    Args:
+      config: the network.
+      image_size: side, or (height, width), of the picture in pixels; default `config.image_size`.
+
+    Raises:
+      InputError: when nothing would be left of the picture before the last stage.
+    """
+    image_size = config.image_size if image_size is None else _side("image_size", image_size)
+    height, width = _pair(image_size)
+    patch_height, patch_width = _pair(config.patch_size)
+    height, width = height // patch_height, width // patch_width
+    inputs, total = config.num_channels * patch_height * patch_width, 0
+    for stage, (depth, channels) in enumerate(zip(config.depths, config.hidden_sizes, strict=True)):
+        if stage > 0:
+            height, width = height // 2, width // 2  # by patches of 2x2, as far as they are whole
+            inputs = config.hidden_sizes[stage - 1] * 2 * 2
+        # The 7x7 convolution of each channel, and two dense layers, to four times the width and
+        # back.
+        block = 7 * 7 * channels + 2 * channels * 4 * channels
+        total += height * width * (inputs * channels + depth * block)
+    if height * width == 0:
+        raise InputError(
+            f"image_size is {image_size}: too small for {config.num_stages} stages after patches "
+            f"of {config.patch_size}"
+        )
+    return total + config.hidden_sizes[-1] * config.num_labels
+
+
 # ------------------------------------------------------------------------------------- validation
 
 
@@ -363,6 +399,10 @@ def _side(name: str, value: Any) -> int | tuple[int, int]:
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
         return (_positive_int(name, value[0]), _positive_int(name, value[1]))
     return _positive_int(name, value)
+
+
+def _pair(side: int | tuple[int, int]) -> tuple[int, int]:
+    return (side, side) if isinstance(side, int) else side
 
 
 def _stage_tuple(name: str, value: Any, default: tuple[int, ...]) -> tuple[int, ...]:

@@ -51,6 +51,7 @@ class ConvNextModule(nn.Module):
         for the forms that also support forward-mode derivatives.
       axis_name: the mapped axis over which the batch is split, under `jax.pmap`; with it, drop path
         draws its mask for the global batch, and the result is that of one device.
+      remat: compute each block again in the backward pass instead of keeping its activations.
     """
 
     config: ConvNextConfig
@@ -59,6 +60,7 @@ class ConvNextModule(nn.Module):
     precision: jax.lax.PrecisionLike = None
     implementation: Literal["plain"] | None = None
     axis_name: str | None = None
+    remat: bool = False
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -208,8 +210,9 @@ class ConvNextStage(ConvNextModule):
             _check_map(f"the map that reaches stage {self.index + 1}", x, 2)
             x = self._norm("downsampling_layer_0")(x)
             x = self._patches(self.config.hidden_sizes[self.index], 2, "downsampling_layer_1")(x)
+        block = nn.remat(ConvNextLayer, static_argnums=(2,)) if self.remat else ConvNextLayer
         for j, rate in enumerate(drop_path_rates(self.config)[self.index]):
-            x = ConvNextLayer(**self.shared, drop_path_rate=rate, name=f"layers_{j}")(x, train)
+            x = block(**self.shared, drop_path_rate=rate, name=f"layers_{j}")(x, train)
         return x
 
 

@@ -1,6 +1,7 @@
 """The command line: what it prints, and what it says when something is wrong."""
 
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -9,7 +10,10 @@ import pytest
 from PIL import Image
 
 from convnext_jax import ConvNextConfig, ConvNextForImageClassification, ConvNextImageProcessor
-from convnext_jax.cli import BATCH, main
+from convnext_jax.cli import BATCH, classify, main
+from convnext_jax.data.pipeline import eval_transform
+from convnext_jax.errors import InputError
+from convnext_jax.evaluate import evaluate_folder, match_classes, pixel_table
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +139,8 @@ def test_absent_model_is_named(pictures, capsys, monkeypatch):
         (["classify", "model", "x.png", "--top", "0"], "at least 1"),
         (["classify", "model", "x.png", "--top", "many"], "'many' is no whole number"),
         (["classify", "model"], "IMAGE"),
+        (["evaluate", "model"], "DATA"),
+        (["evaluate", "model", "data", "--batch-size", "0"], "at least 1"),
         (["convert", "weights.pth"], "FOLDER"),
         (["convert", "weights.pth", "folder", "--presett", "tiny"], "--presett"),
         (["convert", "weights.pth", "folder", "--size", "-1"], "at least 1"),
@@ -149,6 +155,247 @@ def test_wrong_arguments_are_one_line(arguments, said, capsys):
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert said in message
+
+
+# ----------------------------------------------------------------------------------------- evaluate
+
+
+@pytest.fixture
+def class_folders(pictures, tmp_path) -> Path:
+    """The pictures by class, three in each and two in the last, every other one as a JPEG."""
+    folder = tmp_path / "data"
+    for i, path in enumerate(pictures):
+        place = folder / ["church", "golf ball", "chain saw", "tench", "gas pump"][min(i // 3, 4)]
+        place.mkdir(parents=True, exist_ok=True)
+        if i % 2:
+            Image.open(path).convert("RGB").save(place / f"{i}.jpg", quality=90)
+        else:
+            Path(path).rename(place / f"{i}.png")
+    return folder
+
+
+def all_probabilities(folder: Path, paths: list[Path]) -> np.ndarray:
+    model, variables = ConvNextForImageClassification.from_pretrained(folder)
+    processor = ConvNextImageProcessor.from_pretrained(folder)
+    images = [Image.open(path).convert("RGB") for path in paths]
+    pixels = processor(images, return_tensors="np")["pixel_values"]
+    return np.asarray(jax.nn.softmax(jax.jit(model.apply)(variables, pixels).logits))
+
+
+def test_evaluate_predicts_what_classify_does(model_folder, class_folders, capsys):
+    result = evaluate_folder(str(model_folder), class_folders, batch_size=4)
+    paths = [result.source.example_name(i) for i in range(len(result.source))]
+    assert len(paths) == BATCH + 3
+    best = [found["predictions"][0] for found in classify(str(model_folder), paths, top=1)]
+    assert [result.names[int(i)] for i in result.evaluation.predictions] == [
+        prediction["label"] for prediction in best
+    ]
+    np.testing.assert_allclose(
+        result.evaluation.confidences, [prediction["probability"] for prediction in best], atol=2e-6
+    )
+    right = [Path(path).parent.name == b["label"] for path, b in zip(paths, best, strict=True)]
+    assert result.evaluation.metrics["top1"] == np.mean(right)
+
+
+def test_evaluate_prints_everything_as_json(model_folder, class_folders, capsys):
+    evaluated = ["evaluate", str(model_folder), str(class_folders), "--batch-size", "5", "--json"]
+    assert main(evaluated) == 0
+    found = json.loads(capsys.readouterr().out)
+    names = list(ConvNextConfig.from_pretrained(model_folder).id2label.values())
+    ranks, losses, matrix = [], [], np.zeros((7, 7), int)
+    paths = sorted(class_folders.glob("*/*"))
+    by_path = dict(zip(map(str, paths), all_probabilities(model_folder, paths), strict=True))
+    for path in paths:
+        expected, right = by_path[str(path)], names.index(path.parent.name)
+        ranks.append((expected > expected[right]).sum())
+        losses.append(-np.log(expected[right]))
+        matrix[right, expected.argmax()] += 1
+    assert found["examples"] == len(ranks) == matrix.sum()
+    assert (found["classes"], found["classes_of_model"], found["image_size"]) == (4, 7, 16)
+    assert found["top1"] == pytest.approx(np.mean(np.array(ranks) < 1), abs=1e-6)
+    assert found["top5"] == pytest.approx(np.mean(np.array(ranks) < 5), abs=1e-6)
+    assert found["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    shown = np.zeros_like(matrix)
+    for row, column, count in found["confusion_matrix"]:
+        shown[row, column] = count
+    np.testing.assert_array_equal(shown, matrix)
+    for row in found["per_class"]:
+        assert row["label"] == row["folder"] == names[row["index"]]
+        assert row["right"] == matrix[row["index"], row["index"]]
+        assert row["examples"] == matrix[row["index"]].sum()
+        wrong = matrix[row["index"]].copy()
+        wrong[row["index"]] = 0
+        if wrong.any():
+            assert wrong[names.index(row["taken_for"])] == wrong.max()
+        else:
+            assert row["taken_for"] is None
+    assert [row["accuracy"] for row in found["per_class"]] == sorted(
+        row["accuracy"] for row in found["per_class"]
+    )
+    assert len(found["mistakes"]) == matrix.sum() - matrix.trace()
+    for mistake in found["mistakes"]:
+        expected = by_path[mistake["image"]]
+        assert mistake["label"] == Path(mistake["image"]).parent.name
+        assert mistake["predicted"] == names[expected.argmax()]
+        assert mistake["confidence"] == pytest.approx(expected.max(), abs=2e-6)
+
+
+def test_evaluate_prints_tables(model_folder, class_folders, tmp_path, capsys):
+    whole = tmp_path / "whole"
+    (whole / "train" / "other").mkdir(parents=True)
+    class_folders.rename(whole / "val")
+    assert main(["evaluate", str(model_folder), str(whole)]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    found = evaluate_folder(str(model_folder), whole).report()
+    first, second, *rows = shown.out.splitlines()
+    assert first == f"top-1 {found['top1']:.2%}   top-5 {found['top5']:.2%}   loss " + format(
+        found["loss"], ".4f"
+    )
+    assert second.startswith("11 pictures of 4 of the model's 7 classes, 16 px, in ")
+    worst = found["per_class"][0]
+    assert f"{worst['right']}/{worst['examples']}" in rows[2]
+    assert f"{worst['label']} -> {worst['taken_for']}" in rows[2]
+    assert any(found["mistakes"][0]["image"] in row for row in rows)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": 20, "crop_pct": 0.7, "resample": 2},
+        {"size": 16, "image_mean": [0.1, 0.5, 0.9], "image_std": [0.2, 0.3, 0.4]},
+        {"size": 16, "do_normalize": False, "resample": 1},
+        {"size": 16, "do_rescale": False, "image_mean": 100.0, "image_std": 50.0},
+        {"size": 384},
+    ],
+)
+def test_evaluate_sees_the_pixels_of_the_processor(changes):
+    processor = ConvNextImageProcessor(**changes)
+    picture = np.random.default_rng(0).integers(0, 256, (37, 61, 3), np.uint8)
+    expected = processor(
+        picture, data_format="channels_last", input_data_format="channels_last", return_tensors="np"
+    )["pixel_values"][0]
+    image = eval_transform(
+        picture, processor.size["shortest_edge"], processor.crop_pct, processor.resample
+    )
+    pixels = pixel_table(processor, "a model")[image, np.arange(3)]
+    np.testing.assert_array_equal(pixels, expected)
+
+
+ANIMALS = {0: "tench, Tinca tinca", 1: "crane", 2: "golf ball", 3: "crane", 4: "T-shirt/top"}
+WORDNET = ["n01440764", "n02012849", "n03126707", "n03445777", "n04370456"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "names", "expected", "said"),
+    [
+        (["golf ball", "tench, Tinca tinca"], ANIMALS, [2, 0], None),
+        (["Golf_Ball", "T-shirt_top", "tinca tinca"], ANIMALS, [2, 4, 0], None),
+        (["cafe\u0301"], {0: "caf\u00e9"}, [0], None),
+        (["1", "10", "2"], dict(enumerate(["0", "10", "2", "1"])), [3, 1, 2], None),
+        (["1", "10", "2"], {i: f"x{i}" for i in range(11)}, [1, 10, 2], "indices"),
+        (WORDNET, ANIMALS, [0, 1, 2, 3, 4], "n01440764 for 'tench, Tinca tinca'"),
+        (["ant", "bee"], {0: "LABEL_0", 1: "LABEL_1"}, [0, 1], "ant for 'LABEL_0'"),
+        (["n2", "n1"], {0: ["n1", "tench"], 1: ["n2", "carp"]}, [1, 0], None),
+    ],
+)
+def test_folders_find_their_classes(folders, names, expected, said):
+    numbers, remark = match_classes(folders, names)
+    assert [numbers[folder] for folder in folders] == expected
+    assert (remark is None) == (said is None)
+    assert said is None or said in remark
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        (["golf ball", "crane"], ["'crane' is not among", "5 classes", "--labels"]),  # which one?
+        (["golf ball", "n01440764", "b", "c", "d"], ["'n01440764', 'b', 'c' and 1 more are not"]),
+        (["a", "b", "c", "d", "e"], ["'a', 'b', 'c' and 2 more are not"]),  # no order to trust
+        (WORDNET[:4], ["and 1 more are not among"]),
+        (["7"], ["'7' is not"]),
+        (["golf ball", "golf_ball"], ["'golf ball' and 'golf_ball' are both"]),
+        (["+"], ["'+' is not"]),
+    ],
+)
+def test_folders_that_are_no_classes_are_named(folders, said):
+    with pytest.raises(InputError) as error:
+        match_classes(folders, ANIMALS, "photos")
+    assert str(error.value).startswith("photos: ")
+    for words in said:
+        assert words in str(error.value)
+
+
+def test_evaluate_takes_other_names_and_tells_what_it_assumed(
+    model_folder, class_folders, tmp_path, capsys
+):
+    expected = evaluate_folder(str(model_folder), class_folders).report()["confusion_matrix"]
+    names = list(ConvNextConfig.from_pretrained(model_folder).id2label.values())
+    for folder in list(class_folders.iterdir()):
+        folder.rename(class_folders / f"photos {names.index(folder.name)}")
+    labels = tmp_path / "labels.json"
+    evaluated = ["evaluate", str(model_folder), str(class_folders), "--json"]
+    other_names = {str(i): [f"n{i}", f"photos {i}"] if i % 2 else f"photos {i}" for i in range(7)}
+    labels.write_text(json.dumps(other_names))
+    assert main([*evaluated, "--labels", str(labels)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["confusion_matrix"] == expected
+    assert found["remarks"] == []
+    for content, said in (
+        ("[", "JSON"), ('["a"]', "names 1 classes, and the model has 7"), ("3", "JSON"),
+        ('{"x": "y"}', "JSON"), (None, "labels.json"),
+    ):  # fmt: skip
+        labels.unlink()
+        if content is not None:
+            labels.write_text(content)
+        fails_with_one_line([*evaluated, "--labels", str(labels)], [str(labels), said], capsys)
+    for folder in list(class_folders.iterdir()):
+        folder.rename(class_folders / folder.name.split()[1])
+    assert main(evaluated[:-1]) == 0
+    note = "convnext-jax: note: the folders' names were taken for the indices"
+    assert capsys.readouterr().err.startswith(note)
+
+
+def test_evaluate_says_what_is_wrong_in_one_line(model_folder, class_folders, tmp_path, capsys):
+    def fails(model: Path | str, data: Path | str, *said: str) -> None:
+        fails_with_one_line(["evaluate", str(model), str(data)], list(said), capsys)
+
+    fails(model_folder, tmp_path / "absent", "absent: no such folder")
+    (tmp_path / "empty").mkdir()
+    fails(model_folder, tmp_path / "empty", "empty has no class folders")
+    no_resize = b'{"do_resize": false, "size": {"shortest_edge": 16}}'
+    name = "preprocessor_config.json"
+    fails(spoil(model_folder, tmp_path, name, no_resize), class_folders, "do_resize")
+    (tmp_path / "spoilt" / name).write_text('{"size": {"height": 16, "width": 16}}')
+    fails(tmp_path / "spoilt", class_folders, "shortest_edge")
+    (tmp_path / "spoilt" / name).unlink()
+    fails(tmp_path / "spoilt", class_folders, name)
+    (class_folders / "church" / "torn.png").write_bytes(b"no picture")
+    fails(model_folder, class_folders, "torn.png")
+    (class_folders / "dog").mkdir()
+    fails(model_folder, class_folders, "dog", "holds no pictures")
+    (class_folders / "church" / "torn.png").rename(class_folders / "dog" / "torn.png")
+    fails(model_folder, class_folders, "'dog' is not among the model's 7 classes ('tench'")
+
+
+def test_evaluate_names_the_package_that_is_missing(class_folders, monkeypatch, capsys):
+    import convnext_jax.data
+
+    monkeypatch.setitem(sys.modules, "grain", None)
+    for name in ("convnext_jax.evaluate", "convnext_jax.data.pipeline"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(convnext_jax.data, "pipeline")
+    said = ["evaluate needs grain", "pip install 'convnext-jax[train]'"]
+    fails_with_one_line(["evaluate", "model", str(class_folders)], said, capsys)
+
+
+def test_evaluate_stopped_by_a_key(model_folder, class_folders, monkeypatch, capsys):
+    def stop(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("convnext_jax.evaluate.evaluation.split", stop)
+    assert main(["evaluate", str(model_folder), str(class_folders)]) == 130
+    assert capsys.readouterr().out == ""
 
 
 # ------------------------------------------------------------------------------------------ convert

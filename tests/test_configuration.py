@@ -6,11 +6,13 @@ import random
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convnext_jax import ConvNextConfig, InputError
-from convnext_jax.configuration import PRESETS, drop_path_rates
+from convnext_jax import ConvNextConfig, ConvNextForImageClassification, InputError
+from convnext_jax.configuration import PRESETS, drop_path_rates, multiply_adds
 
 # The fields of Hugging Face's documentation and what they default to.
 DEFAULTS = {
@@ -498,3 +500,98 @@ def test_a_mutated_file_loads_or_gives_one_error(seed, tmp_path):
             assert again == config, data
             assert hash(again) == hash(config), data
     assert outcomes == {"error", "loaded"}
+
+
+# ---------------------------------------------------------------------------------- multiply-adds
+
+
+@pytest.mark.parametrize(
+    ("name", "at_224", "at_384"),
+    [
+        ("tiny", 4.456, 13.09),
+        ("small", 8.684, 25.52),
+        ("base", 15.355, 45.12),
+        ("large", 34.361, 100.98),
+        ("xlarge", 60.921, 179.03),
+    ],
+)
+def test_multiply_adds_of_the_published_networks(name, at_224, at_384):
+    config = ConvNextConfig.preset(name, num_labels=1000)
+    assert round(multiply_adds(config) / 1e9, 3) == at_224
+    assert round(multiply_adds(config, 384) / 1e9, 2) == at_384
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        # The original's table of isotropic networks, and that of ConvNeXt V2.
+        ("isotropic_small", 4.3),
+        ("isotropic_base", 16.9),
+        ("isotropic_large", 59.7),
+        ("atto", 0.55),
+        ("femto", 0.78),
+        ("pico", 1.37),
+        ("nano", 2.45),
+        ("huge", 115),
+    ],
+)
+def test_multiply_adds_agree_with_the_published_figure(name, published):
+    digits = len(str(published).split(".")[1]) if "." in str(published) else 0
+    assert round(multiply_adds(ConvNextConfig.preset(name, num_labels=1000)) / 1e9, digits) == (
+        published
+    )
+
+
+def test_multiply_adds_by_hand():
+    config = ConvNextConfig(
+        num_channels=2, patch_size=(2, 3), num_stages=2, hidden_sizes=(4, 8), depths=(1, 2),
+        num_labels=5, image_size=(12, 17),
+    )  # fmt: skip
+    first, second = 6 * 5, 3 * 2  # a column of the picture and one of the map fill no patch
+    expected = first * (2 * 3 * 2 * 4)
+    expected += first * (49 * 4 + 4 * 16 + 16 * 4)
+    expected += second * (2 * 2 * 4 * 8)
+    expected += second * 2 * (49 * 8 + 8 * 32 + 32 * 8)
+    assert multiply_adds(config) == expected + 8 * 5
+    assert multiply_adds(config.replace(num_labels=0)) == expected
+    assert multiply_adds(config, (12, 15)) == expected + 8 * 5
+    # Neither layer scale nor global response norm is a product of matrices.
+    assert multiply_adds(config.replace(model_type="convnextv2")) == expected + 8 * 5
+    assert multiply_adds(config.replace(layer_scale_init_value=0)) == expected + 8 * 5
+
+
+def test_multiply_adds_are_those_of_the_compiled_convolutions():
+    """The products of the network as it is traced, not as they are thought to be."""
+    config = ConvNextConfig(hidden_sizes=(4, 6, 8, 10), depths=(1, 2, 1, 1), num_labels=3)
+    model = ConvNextForImageClassification(config, implementation="plain")
+    variables = jax.eval_shape(model.init_variables, jax.random.key(0))
+    pixels = jax.ShapeDtypeStruct((1, 3, 64, 96), jnp.float32)
+    jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x).logits)(variables, pixels)
+    assert products(jaxpr.jaxpr) == multiply_adds(config, (64, 96))
+
+
+def products(jaxpr) -> int:
+    """Multiply-adds of the matrix products and convolutions in a traced function."""
+    total = 0
+    for equation in jaxpr.eqns:
+        out = math.prod(equation.outvars[0].aval.shape)
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            total += out * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            features = equation.params["dimension_numbers"].rhs_spec[0]
+            total += out * math.prod(kernel) // kernel[features]
+        total += sum(products(sub.jaxpr) for sub in closed_jaxprs(equation.params))
+    return total
+
+
+def closed_jaxprs(params):
+    return [value for value in params.values() if hasattr(value, "jaxpr")]
+
+
+@pytest.mark.parametrize("image_size", [31, (224, 31), 0, "224"])
+def test_multiply_adds_of_a_picture_that_is_too_small(image_size):
+    with pytest.raises(InputError) as error:
+        multiply_adds(ConvNextConfig(), image_size)
+    assert_one_line(error, "image_size", str(image_size))

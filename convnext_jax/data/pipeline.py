@@ -5,23 +5,31 @@ belongs on the accelerator. Batch k is a function of the arguments and k alone: 
 decide when it is ready, and a process of a larger run reads its rows of the same global batch. The
 state of an iterator is therefore the number of the next batch.
 
+grain's element is a whole batch, given by its number: small pictures in memory are delivered by one
+indexing of an array, which no call per picture could match.
+
 Close an iterator when done with it (`with contextlib.closing(train_batches(...)) as batches:`),
 otherwise an interrupted program finishes the batches already under way before it ends.
 """
 
+import functools
 import math
 import os
+import sys
+import threading
+from collections.abc import Callable
 
 import grain
 import numpy as np
 from PIL import Image
 
-from convnext_jax.data.sources import Source
-from convnext_jax.image.augment import sample_crop
+from convnext_jax.data import photo
+from convnext_jax.data.sources import ArraySource, Source
+from convnext_jax.image.crop import CROP_DRAWS, sample_crop
 from convnext_jax.image.processor import resize_rule
 
-# A thread makes whole batches, and Pillow releases the interpreter lock while it decodes and
-# resizes; beyond this number the lock is what they wait for.
+# A thread makes whole batches, and decoding and resizing release the interpreter lock; beyond this
+# number the lock is what they wait for.
 _DEFAULT_THREADS = min(os.cpu_count() or 1, 16)
 
 
@@ -55,7 +63,8 @@ def train_batches(
         crop but the transform of `eval_batches`.
       crop_ratio: range of the random crop's width / height.
       crop_pct: as in `eval_batches`, when `crop_scale` is None.
-      resample: Pillow's filter, applied to the crop.
+      resample: Pillow's filter, applied to the crop after it has been cut out; see
+        `photo.read_crop` for the pixels.
       num_threads: threads that make batches.
       process_index: which of `process_count` processes this one is.
       process_count: processes that share the run.
@@ -65,29 +74,43 @@ def train_batches(
       `get_state` and `set_state`, or grain's CheckpointSave and CheckpointRestore, resume exactly.
       A picture that cannot be read raises the source's `InputError` from `next`.
     """
-    # Explicit seeds, because the ones grain derives change with the number of stages before them.
-    # Hashing keeps the epochs of neighbouring seeds apart: grain shuffles epoch e by seed + e.
-    shuffle_seed, crop_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
+    if crop_scale is None and source.size is not None:
+        # The same at every visit, so that it is done once; at 1.0 the second time changes nothing.
+        source, crop_pct = _transformed(source, image_size, crop_pct, resample), 1.0
+    shuffle_seed, crop_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+    stream = _shuffled_stream(len(source), shuffle_seed)
 
-    def prepare(example: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def make_batch(step: int) -> dict[str, np.ndarray]:
+        indices = stream((step * process_count + process_index) * batch_size, batch_size)
         if crop_scale is None:
-            image = eval_transform(example["image"], image_size, crop_pct, resample)
+            images = _evaluation_images(source, indices, image_size, crop_pct, resample)
         else:
-            image = _random_crop(
-                example["image"], image_size, crop_scale, crop_ratio, resample, rng
-            )
-        return _record(image, example["label"], example["id"])
+            # The numbers of the whole global batch, of which this process takes its rows: the crop
+            # of an example goes by its place in the run's stream.
+            rng = np.random.default_rng((crop_seed, step))
+            draws = rng.random((process_count, batch_size, *CROP_DRAWS))[process_index]
+            images = np.empty((batch_size, image_size, image_size, 3), np.uint8)
+            for row, (index, numbers) in enumerate(
+                zip(indices.tolist(), draws.tolist(), strict=True)
+            ):
+                pick_box = functools.partial(
+                    sample_crop, numbers, scale=crop_scale, ratio=crop_ratio
+                )
+                file = source.file(index)
+                if file is not None:
+                    photo.read_crop(file, pick_box, image_size, resample, out=images[row])
+                else:
+                    image = source[index]["image"]
+                    top, left, height, width = pick_box(*image.shape[:2])
+                    crop = image[top : top + height, left : left + width]
+                    photo.resize_crop(crop, image_size, resample, out=images[row])
+        return {
+            "image": images,
+            "label": source.labels[indices],
+            "id": indices.astype(np.int32),
+        }
 
-    return iter(
-        grain.MapDataset.source(source)
-        .shuffle(seed=shuffle_seed)
-        .repeat()
-        # Before the batches are dealt out, so that the generator of a crop goes by the place in
-        # the run's stream; after it, every process would draw the same crops.
-        .random_map(prepare, seed=crop_seed)
-        .batch(batch_size, drop_remainder=True)[process_index::process_count]
-        .to_iter_dataset(_read_options(num_threads))
-    )
+    return _iterator(make_batch, sys.maxsize, num_threads)
 
 
 def eval_batches(
@@ -118,21 +141,19 @@ def eval_batches(
       float32 [B]}. Rows that pad have mask 0, image and label 0, and id -1.
     """
 
-    def prepare(index: int) -> dict[str, np.ndarray]:
-        if index >= len(source):
-            padding = np.zeros((image_size, image_size, 3), np.uint8)
-            return _record(padding, label=0, id=-1) | {"mask": np.float32(0)}
-        example = source[index]
-        image = eval_transform(example["image"], image_size, crop_pct, resample)
-        return _record(image, example["label"], example["id"]) | {"mask": np.float32(1)}
+    def make_batch(step: int) -> dict[str, np.ndarray]:
+        first = (step * process_count + process_index) * batch_size
+        indices = np.arange(min(first, len(source)), min(first + batch_size, len(source)))
+        pad = (0, batch_size - len(indices))
+        images = _evaluation_images(source, indices, image_size, crop_pct, resample)
+        return {
+            "image": np.pad(images, (pad, (0, 0), (0, 0), (0, 0))) if pad[1] else images,
+            "label": np.pad(source.labels[indices], pad),
+            "id": np.pad(indices.astype(np.int32), pad, constant_values=-1),
+            "mask": np.pad(np.ones(len(indices), np.float32), pad),
+        }
 
-    rows = eval_steps(len(source), batch_size, process_count) * batch_size * process_count
-    return iter(
-        grain.MapDataset.range(rows)
-        .map(prepare)
-        .batch(batch_size)[process_index::process_count]
-        .to_iter_dataset(_read_options(num_threads))
-    )
+    return _iterator(make_batch, eval_steps(len(source), batch_size, process_count), num_threads)
 
 
 def eval_steps(examples: int, batch_size: int, process_count: int = 1) -> int:
@@ -159,24 +180,66 @@ def eval_transform(
     return np.asarray(picture)
 
 
-def _random_crop(
-    image: np.ndarray,
+def _evaluation_images(
+    source: Source,
+    indices: np.ndarray,
     image_size: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    crop_pct: float,
     resample: Image.Resampling,
-    rng: np.random.Generator,
 ) -> np.ndarray:
-    top, left, height, width = sample_crop(rng, image.shape[0], image.shape[1], scale, ratio)
-    # Cut first: given the box, Pillow's resize would let pixels outside of it bleed in.
-    crop = Image.fromarray(image[top : top + height, left : left + width])
-    return np.asarray(crop.resize((image_size, image_size), resample))
+    """`eval_transform` of N examples: uint8 [N, S, S, 3]."""
+    if source.size is not None and _stays(source.size, image_size, crop_pct):
+        return source.batch(indices)
+    images = np.empty((len(indices), image_size, image_size, 3), np.uint8)
+    for row, index in enumerate(indices.tolist()):
+        images[row] = eval_transform(source[index]["image"], image_size, crop_pct, resample)
+    return images
 
 
-def _record(image: np.ndarray, label: int, id: int) -> dict[str, np.ndarray]:
-    return {"image": image, "label": np.int32(label), "id": np.int32(id)}
+def _stays(size: tuple[int, int], image_size: int, crop_pct: float) -> bool:
+    """Whether `eval_transform` changes nothing of pictures of this height and width."""
+    resized, crop = resize_rule(*size, image_size, crop_pct)
+    return resized == size and crop in (None, (0, 0, *size))
 
 
-def _read_options(num_threads: int) -> grain.ReadOptions:
-    # Counted in batches, which may be large: enough that no thread waits, and little more.
-    return grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 2)
+def _transformed(
+    source: Source, image_size: int, crop_pct: float, resample: Image.Resampling
+) -> Source:
+    """A source in memory with every picture transformed as in an evaluation."""
+    if _stays(source.size, image_size, crop_pct):
+        return source
+    images = _evaluation_images(source, np.arange(len(source)), image_size, crop_pct, resample)
+    return ArraySource(source.example_name(0), images, source.labels)
+
+
+def _shuffled_stream(examples: int, seed: int) -> Callable[[int, int], np.ndarray]:
+    """The epochs end to end, each a permutation of the examples, as a function of (first, count).
+
+    It gives the indices [count] from place `first` of the stream on.
+    """
+    lock = threading.Lock()  # so that one thread makes the order and the others wait for it
+
+    @functools.lru_cache(maxsize=3)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(examples)
+
+    def stretch(first: int, count: int) -> np.ndarray:
+        parts = []
+        while count > 0:
+            epoch, place = divmod(first, examples)
+            with lock:
+                part = order(epoch)[place : place + count]
+            parts.append(part)
+            first, count = first + len(part), count - len(part)
+        return np.concatenate(parts)
+
+    return stretch
+
+
+def _iterator(
+    make_batch: Callable[[int], dict[str, np.ndarray]], batches: int, num_threads: int
+) -> grain.DatasetIterator:
+    # The buffer is counted in batches, which may be large: enough that no thread waits, and little
+    # more.
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 2)
+    return iter(grain.MapDataset.range(batches).map(make_batch).to_iter_dataset(options))

@@ -8,19 +8,23 @@ function to `DATASETS`.
 import gzip
 import hashlib
 import inspect
+import lzma
 import os
 import struct
+import tarfile
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, TypedDict
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
+from convnext_jax.data.photo import decode_photo, read_photo
 from convnext_jax.errors import InputError
-from convnext_jax.image.decode import read_image
 
 # Fixed here, not asked of Pillow: what an installation can decode differs between machines, and
 # the list of files, and with it the split, must not.
@@ -44,6 +48,8 @@ FASHION_MNIST_CLASSES = (
     "Ankle boot",
 )
 
+CIFAR10_VAL_PER_CLASS = 500
+
 
 class Example(TypedDict):
     """One example: `image` uint8 [H, W, 3] RGB, its class index, and its index in the source."""
@@ -54,13 +60,15 @@ class Example(TypedDict):
 
 
 class Source(Protocol):
-    """Random access to the examples of one split; also grain's `RandomAccessDataSource`.
+    """Random access to the examples of one split. Derive from it, for the sake of its defaults.
 
     Attributes:
       labels: int32 [N], the class index of every example.
+      size: (height, width) of the pictures where all have the same and `batch` exists, else None.
     """
 
     labels: np.ndarray
+    size: tuple[int, int] | None = None
 
     def __len__(self) -> int: ...
 
@@ -71,6 +79,14 @@ class Source(Protocol):
     def example_name(self, index: int) -> str:
         """What a person would call example `index`: a path, or a place such as `digits/123`."""
         ...
+
+    def batch(self, indices: np.ndarray) -> np.ndarray:
+        """The pictures of the examples `indices` [B] at once: a new array, uint8 [B, H, W, 3]."""
+        raise NotImplementedError
+
+    def file(self, index: int) -> Path | None:
+        """The picture file of example `index`, if it is one that has yet to be decoded."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -104,14 +120,15 @@ def fingerprint(dataset: Dataset) -> dict[str, str]:
     }
 
 
-class ArraySource:
+class ArraySource(Source):
     """Pictures held in memory.
 
     Args:
       name: prefix of the example names.
       images: uint8, [N, H, W, 3] RGB or [N, H, W] grey.
       labels: integers [N].
-      numbers: [N] the number each example goes by in its original collection (default 0..N-1).
+      numbers: [N] the number, or name, of each example in its original collection (default
+        0..N-1).
     """
 
     def __init__(
@@ -125,6 +142,7 @@ class ArraySource:
         self.images = images
         self.labels = labels.astype(np.int32)
         self.numbers = np.arange(len(images)) if numbers is None else numbers
+        self.size = images.shape[1:3]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -138,8 +156,12 @@ class ArraySource:
     def example_name(self, index: int) -> str:
         return f"{self.name}/{self.numbers[index]}"
 
+    def batch(self, indices: np.ndarray) -> np.ndarray:
+        images = self.images[indices]
+        return np.repeat(images[..., None], 3, axis=3) if images.ndim == 3 else images
 
-class FolderSource:
+
+class FolderSource(Source):
     """Picture files, decoded when asked for.
 
     Args:
@@ -152,23 +174,89 @@ class FolderSource:
         self.root = root
         self.paths = tuple(paths)
         self.labels = labels.astype(np.int32)
+        self.images: Sequence[np.ndarray] | np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
-        image = read_image(self.root / self.paths[index])
+        image = self._read(index) if self.images is None else self.images[index]
         return {"image": image, "label": int(self.labels[index]), "id": index}
 
     def example_name(self, index: int) -> str:
         return str(self.root / self.paths[index])
 
+    def batch(self, indices: np.ndarray) -> np.ndarray:
+        return self.images[indices]
 
-def load(name: str, **arguments: object) -> Dataset:
+    def file(self, index: int) -> Path | None:
+        return self.root / self.paths[index] if self.images is None else None
+
+    def keep_in_memory(self) -> None:
+        """Decodes all pictures now, with a thread a core, to keep them.
+
+        Raises:
+          InputError: a picture cannot be read.
+        """
+        images = _in_threads(self._read, range(len(self)))
+        if len({image.shape for image in images}) == 1:
+            self.size = images[0].shape[:2]
+            stacked = np.empty((len(images), *images[0].shape), np.uint8)
+            for index in range(len(images)):  # one by one, or all would be there twice
+                stacked[index], images[index] = images[index], None
+            images = stacked
+        self.images = images
+
+    def _read(self, index: int) -> np.ndarray:
+        return read_photo(self.root / self.paths[index])
+
+
+class Subset(Source):
+    """Some examples of another source, numbered anew from 0.
+
+    Args:
+      source: the other source.
+      members: integers [N], which of its examples, in order.
+    """
+
+    def __init__(self, source: Source, members: np.ndarray):
+        self.source = source
+        self.members = members
+        self.labels = source.labels[members]
+        self.size = source.size
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self.members[index])] | {"id": index}
+
+    def example_name(self, index: int) -> str:
+        return self.source.example_name(int(self.members[index]))
+
+    def batch(self, indices: np.ndarray) -> np.ndarray:
+        return self.source.batch(self.members[indices])
+
+    def file(self, index: int) -> Path | None:
+        return self.source.file(int(self.members[index]))
+
+
+def load(
+    name: str, *, tune_fraction: float = 0.0, tune_seed: int = 0, **arguments: object
+) -> Dataset:
     """The data set `name` of `DATASETS`, called with `arguments`.
 
+    Args:
+      name: which data set.
+      tune_fraction: above 0, to choose settings without a look at val: the training part is split
+        in two by `stratified_split` over the names of its examples, and this share of it stands in
+        for val; val itself is out of reach.
+      tune_seed: which of the possible splits.
+      arguments: of the data set's function.
+
     Raises:
-      InputError: no such name, or arguments that data set does not take or lacks.
+      InputError: no such name, arguments that data set does not take or lacks, or a share that is
+        not below 1.
     """
     if name not in DATASETS:
         raise InputError(f"no data set is called {name!r}; there are: {', '.join(DATASETS)}")
@@ -177,8 +265,21 @@ def load(name: str, **arguments: object) -> Dataset:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
         takes = ", ".join(str(p) for p in inspect.signature(function).parameters.values())
-        raise InputError(f"data set {name!r}: {error}; it takes ({takes})") from None
-    return function(**arguments)
+        raise InputError(
+            f"data set {name!r}: {error}; it takes ({takes}), and like all others tune_fraction"
+            " and tune_seed"
+        ) from None
+    data = function(**arguments)
+    if tune_fraction == 0:
+        return data
+
+    whole = data.train
+    names = [whole.example_name(i) for i in range(len(whole))]
+    if isinstance(whole, FolderSource):  # its names begin with where the folder lies
+        names = [unicodedata.normalize("NFC", path) for path in whole.paths]
+    held_out = stratified_split(whole.labels, names, tune_fraction, tune_seed)
+    train, val = (Subset(whole, np.flatnonzero(mask)) for mask in (~held_out, held_out))
+    return Dataset(train, val, data.class_names)
 
 
 def digits(val_fraction: float = 0.2, split_seed: int = 0) -> Dataset:
@@ -211,7 +312,7 @@ def fashion_mnist(folder: str | os.PathLike[str]) -> Dataset:
     Raises:
       InputError: the folder or a file is missing, damaged, or does not fit the others.
     """
-    root = _existing_folder(folder)
+    root = existing_folder(folder)
 
     def part(stem: str, name: str) -> ArraySource:
         images, images_path = _read_idx(root, f"{stem}-images-idx3-ubyte", dimensions=3)
@@ -231,8 +332,57 @@ def fashion_mnist(folder: str | os.PathLike[str]) -> Dataset:
     return Dataset(part("train", "train"), part("t10k", "t10k"), FASHION_MNIST_CLASSES)
 
 
+def cifar10(folder: str | os.PathLike[str]) -> Dataset:
+    """CIFAR-10's 50,000 training pictures, 32×32 colour, as JPEG files; decoded into memory.
+
+    `folder` holds `train/<class>/….jpg` or the archive `cifar10_train_jpg.tar.xz` of that tree;
+    the path of an archive (`.tar.xz`) will do too. `val` is the last 500 pictures of each class by
+    name, and the others are the training part. The pixels are not those of the original binary
+    files: JPEG has changed them a little.
+
+    Raises:
+      InputError: nothing of that is there, the archive or a picture is damaged, a picture of
+        another size, a class of 500 pictures or fewer.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_file():
+        root = existing_folder(folder)
+        path = root / "cifar10_train_jpg.tar.xz"
+        if (root / "train").is_dir():
+            path = root / "train"
+        elif not path.is_file():
+            raise InputError(f"{root} holds neither a folder train nor {path.name}; add one")
+    names, images = _read_class_tree(path)
+    for name, image in zip(names, images, strict=True):
+        if image.shape != (32, 32, 3):
+            raise InputError(
+                f"{path}: {name} has {image.shape[1]}×{image.shape[0]} pixels where CIFAR-10 has"
+                " 32×32; use the data set image_folder for other pictures"
+            )
+    classes = [name.split("/")[0] for name in names]
+    class_names, labels = np.unique(classes, return_inverse=True)
+    counts = np.bincount(labels)
+    if counts.min() <= CIFAR10_VAL_PER_CLASS:
+        raise InputError(
+            f"{path}: the class {class_names[counts.argmin()]!r} has only {counts.min()} pictures,"
+            f" of which val alone takes {CIFAR10_VAL_PER_CLASS}; unpack the archive again"
+        )
+    held_out = np.zeros(len(names), bool)
+    for label in range(len(class_names)):
+        held_out[np.flatnonzero(labels == label)[-CIFAR10_VAL_PER_CLASS:]] = True
+    pixels, numbers = np.stack(images), np.array(names)
+
+    def part(mask: np.ndarray) -> ArraySource:
+        return ArraySource("cifar10/train", pixels[mask], labels[mask], numbers[mask])
+
+    return Dataset(part(~held_out), part(held_out), tuple(class_names.tolist()))
+
+
 def image_folder(
-    folder: str | os.PathLike[str], val_fraction: float = 0.2, split_seed: int = 0
+    folder: str | os.PathLike[str],
+    val_fraction: float = 0.2,
+    split_seed: int = 0,
+    in_memory: bool = False,
 ) -> Dataset:
     """Any tree of pictures sorted into one folder a class.
 
@@ -241,14 +391,25 @@ def image_folder(
     the names of the files alone. Classes are numbered in the order of their names. Below a class
     folder, files with a suffix of `IMAGE_SUFFIXES` count, in subfolders too; hidden ones do not.
 
+    With `in_memory`, every picture is decoded here and kept, 3 bytes a pixel: for small pictures,
+    or few, of a few GB in all.
+
     Raises:
       InputError: folder missing, no class folders, a class folder without pictures, a class in
         val that train lacks. (A damaged picture raises when it is read.)
     """
-    root = _existing_folder(folder)
+    data = _image_folder(folder, val_fraction, split_seed)
+    if in_memory:
+        data.train.keep_in_memory()
+        data.val.keep_in_memory()
+    return data
+
+
+def _image_folder(folder: str | os.PathLike[str], val_fraction: float, split_seed: int) -> Dataset:
+    root = existing_folder(folder)
     train_root, val_root = root / "train", root / "val"
     if train_root.is_dir() and val_root.is_dir():
-        train, val = _scan_classes(train_root), _scan_classes(val_root)
+        train, val = scan_classes(train_root), scan_classes(val_root)
         unknown = sorted(set(val) - set(train))
         if unknown:
             raise InputError(
@@ -268,7 +429,7 @@ def image_folder(
             f"{root} has a train folder but no val folder; add {val_root}, or give {train_root}"
             " to have it split"
         )
-    classes = _scan_classes(root)
+    classes = scan_classes(root)
     class_names = tuple(classes)
     everything = _folder_source(root, classes, {name: i for i, name in enumerate(class_names)})
     keys = [unicodedata.normalize("NFC", path) for path in everything.paths]
@@ -282,6 +443,7 @@ def image_folder(
 
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
+    "cifar10": cifar10,
     "digits": digits,
     "fashion_mnist": fashion_mnist,
     "image_folder": image_folder,
@@ -335,7 +497,7 @@ def stratified_split(
     return held_out
 
 
-def _existing_folder(folder: str | os.PathLike[str]) -> Path:
+def existing_folder(folder: str | os.PathLike[str]) -> Path:
     if not str(folder):
         raise InputError("the data's folder is not set: give --config.data.folder=FOLDER")
     root = Path(folder).expanduser()
@@ -346,7 +508,7 @@ def _existing_folder(folder: str | os.PathLike[str]) -> Path:
     return root
 
 
-def _scan_classes(root: Path) -> dict[str, list[str]]:
+def scan_classes(root: Path) -> dict[str, list[str]]:
     """{class name: its pictures relative to root}, both in the order of their names."""
     try:
         folders = [entry for entry in os.scandir(root) if entry.is_dir()]
@@ -379,7 +541,7 @@ def _pictures_below(folder: Path, recursive: bool = True) -> list[str]:
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]
         for name in files:
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            if _is_picture(name):
                 pictures.append((Path(parent) / name).relative_to(folder).as_posix())
     return sorted(pictures, key=_order)
 
@@ -394,6 +556,45 @@ def _folder_source(
     paths = [path for pictures in classes.values() for path in pictures]
     labels = np.repeat([number[name] for name in classes], [len(p) for p in classes.values()])
     return FolderSource(root, paths, labels)
+
+
+def _read_class_tree(path: Path) -> tuple[list[str], list[np.ndarray]]:
+    """Names `<class>/<file>` in order, and pictures, of a folder `train` or an archive of one."""
+    if path.is_dir():
+        classes = scan_classes(path)
+        names = [picture for pictures in classes.values() for picture in pictures]
+        return names, _in_threads(lambda name: read_photo(path / name), names)
+    files: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r:xz") as archive:
+            for member in archive:
+                parts = PurePosixPath(member.name).parts
+                if member.isfile() and parts[-3:-2] == ("train",) and _is_picture(parts[-1]):
+                    files["/".join(parts[-2:])] = archive.extractfile(member).read()
+    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+        raise InputError(
+            f"{path}: cannot be read as a .tar.xz archive, damaged or cut off ({error}); fetch it"
+            " again"
+        ) from None
+    if not files:
+        raise InputError(f"{path} holds no pictures train/<class>/….jpg; give another archive")
+    names = sorted(files, key=_order)
+    # In one thread: for pictures as small as CIFAR's, passing the lock around costs more.
+    return names, [decode_photo(files[name], f"{path}: {name}") for name in names]
+
+
+def _in_threads(function: Callable[[Any], np.ndarray], items: Sequence[Any]) -> list[np.ndarray]:
+    """The results for all items, with a thread a core; the first error ends it."""
+
+    def some(start: int) -> list[np.ndarray]:
+        return [function(item) for item in items[start : start + 64]]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(chain.from_iterable(pool.map(some, range(0, len(items), 64))))
+
+
+def _is_picture(name: str) -> bool:
+    return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def _read_idx(root: Path, name: str, dimensions: int) -> tuple[np.ndarray, Path]:

@@ -1,6 +1,7 @@
 """Pictures: decoding, resizing, the image processor, augmentation. Knows nothing of models."""
 
-from convnext_jax.image.augment import normalize, random_flip, sample_crop
+from convnext_jax.image.augment import normalize, random_flip
+from convnext_jax.image.crop import CROP_DRAWS, sample_crop
 from convnext_jax.image.decode import read_image, to_rgb
 from convnext_jax.image.processor import (
     PRESETS,
@@ -19,6 +20,7 @@ from convnext_jax.image.resample import (
 )
 
 __all__ = [
+    "CROP_DRAWS",
     "PRESETS",
     "BatchFeature",
     "ConvNextFeatureExtractor",

@@ -1,8 +1,4 @@
-"""Random augmentation and normalisation for training.
-
-What changes the size of a picture is drawn on the host, where the picture is decoded; what leaves
-it alone runs on batches on the device.
-"""
+"""Random augmentation and normalisation for training, of batches on the device."""
 
 import math
 from collections.abc import Sequence
@@ -14,65 +10,56 @@ from jax.typing import ArrayLike
 
 from convnext_jax.errors import InputError
 
-__all__ = ["normalize", "random_flip", "sample_crop"]
+__all__ = ["normalize", "random_erase", "random_flip", "random_shift"]
 
 
-# On the host: one picture -------------------------------------------------------------------------
+def random_shift(keys: jax.Array, images: jax.Array, pixels: int) -> jax.Array:
+    """Shift each image by up to `pixels` along each axis; what comes in is its reflection.
 
-
-def sample_crop(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[int, int, int, int]:
-    """Draw the box of a random resized crop.
-
-    The area is uniform, the aspect ratio log-uniform. After ten boxes that do not fit, the largest
-    central box whose ratio is allowed is taken. This is the crop of the ConvNeXt recipe (in timm
-    0.3.2, `RandomResizedCropAndInterpolation.get_params`), but no side is ever rounded to 0.
+    The same as a random crop of the picture padded by reflection (torchvision's
+    `RandomCrop(size, padding=pixels, padding_mode="reflect")`): all shifts are equally probable.
 
     Args:
-      rng: The source of randomness; how many numbers it gives varies.
-      height: Of the picture, in pixels.
-      width: Of the picture, in pixels.
-      scale: Smallest and largest area of the box, as a part of the picture's.
-      ratio: Smallest and largest width / height of the box.
+      keys: [N] typed PRNG keys, one an image.
+      images: [N, H, W, C], any dtype.
+      pixels: 0 or more, and less than H and W.
 
     Returns:
-      (top, left, height, width) of the box, in pixels; it lies inside of the picture.
+      The same shape and dtype.
+
+    Raises:
+      InputError: The picture is too small to be reflected so far.
     """
-    for _ in range(10):
-        area = rng.uniform(*scale) * height * width
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        crop_width = max(round(math.sqrt(area * aspect)), 1)
-        crop_height = max(round(math.sqrt(area / aspect)), 1)
-        if crop_height <= height and crop_width <= width:
-            top = int(rng.integers(height - crop_height + 1))
-            left = int(rng.integers(width - crop_width + 1))
-            return top, left, crop_height, crop_width
-    crop_height = min(height, max(round(width / ratio[0]), 1))
-    crop_width = min(width, max(round(height * ratio[1]), 1))
-    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+    height, width = images.shape[1:3]
+    if not 0 <= pixels < min(height, width):
+        raise InputError(
+            f"cannot shift pictures of {height} x {width} by {pixels} pixels: give at least 0 and "
+            "less than their smaller side"
+        )
+    shifts = jax.vmap(lambda key: jax.random.randint(key, (2,), -pixels, pixels + 1))(keys)
+
+    def reflected(shift: jax.Array, size: int) -> jax.Array:
+        place = jnp.abs(jnp.arange(size) + shift[:, None])
+        return size - 1 - jnp.abs(size - 1 - place)
+
+    rows, columns = reflected(shifts[:, 0], height), reflected(shifts[:, 1], width)
+    each = jnp.arange(len(images))[:, None, None]
+    return images[each, rows[:, :, None], columns[:, None, :]]
 
 
-# On the device: a batch ---------------------------------------------------------------------------
-
-
-def random_flip(key: jax.Array, images: jax.Array, p: float = 0.5) -> jax.Array:
-    """Mirror each image left to right with probability `p`, independently of the others.
+def random_flip(keys: jax.Array, images: jax.Array, p: float = 0.5) -> jax.Array:
+    """Mirror each image left to right with probability `p`.
 
     Args:
-      key: A PRNG key.
-      images: [N, H, W, C] (or any other leading axes, or none), any dtype.
+      keys: [N] typed PRNG keys, one an image.
+      images: [N, H, W, C], any dtype.
       p: Probability of a flip.
 
     Returns:
       The same shape and dtype.
     """
-    flip = jax.random.bernoulli(key, p, images.shape[:-3])[..., None, None, None]
-    return jnp.where(flip, images[..., ::-1, :], images)
+    flip = jax.vmap(lambda key: jax.random.bernoulli(key, p))(keys)
+    return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
 def normalize(
@@ -106,3 +93,74 @@ def normalize(
 
     scaled = images.astype(compute) / 255
     return ((scaled - per_channel(mean, "mean")) / per_channel(std, "std")).astype(dtype)
+
+
+def random_erase(
+    keys: jax.Array,
+    images: jax.Array,
+    probability: float = 0.25,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: float = 0.3,
+    attempts: int = 10,
+) -> jax.Array:
+    """Fill a box of each image with noise, with some probability.
+
+    Random erasing (Zhong et al. 2017, arXiv:1708.04896) as in timm 0.3.2 with one box and noise for
+    each pixel (`RandomErasing(mode="pixel")`): standard normal, for images that are normalized.
+
+    Args:
+      keys: [N] typed PRNG keys, one an image.
+      images: [N, H, W, C] floating point.
+      probability: Of a box. An image whose boxes all did not fit stays as it is, too.
+      area: Smallest and largest area of the box, as a share of the picture's; uniform.
+      aspect: Smallest height / width of the box; its logarithm is uniform up to that of 1 / aspect.
+      attempts: Boxes that are drawn until one is less high and less wide than the picture.
+
+    Returns:
+      The same shape and dtype.
+    """
+    height, width = images.shape[1:3]
+    noise_keys, boxes = draw_erase(keys, height, width, probability, area, aspect, attempts)
+    top, left, box_height, box_width = (edge[:, None, None, None] for edge in boxes.T)
+    row, column = jnp.arange(height)[:, None, None], jnp.arange(width)[:, None]
+    erased = (
+        (row >= top) & (row < top + box_height) & (column >= left) & (column < left + box_width)
+    )
+    noise = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:], jnp.float32))(noise_keys)
+    return jnp.where(erased, noise.astype(images.dtype), images)
+
+
+def draw_erase(
+    keys: jax.Array,
+    height: int,
+    width: int,
+    probability: float,
+    area: tuple[float, float] = (0.02, 1 / 3),
+    aspect: float = 0.3,
+    attempts: int = 10,
+) -> tuple[jax.Array, jax.Array]:
+    """Draw the boxes of `random_erase`.
+
+    Returns:
+      [N] keys for the noise and [N, 4] int32: top, left, height and width of the box in pixels, of
+      which the last two are 0 where nothing is erased.
+    """
+    bound = -math.log(aspect)
+
+    def one(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        box_key, noise_key = jax.random.split(key)
+        uniform = jax.random.uniform(box_key, (3 + 2 * attempts,))
+        fires, place, tries = uniform[0], uniform[1:3], uniform[3:].reshape(2, attempts)
+        share = (area[0] + (area[1] - area[0]) * tries[0]) * (height * width)
+        ratio = jnp.exp(bound * (2 * tries[1] - 1))
+        heights = jnp.round(jnp.sqrt(share * ratio)).astype(jnp.int32)
+        widths = jnp.round(jnp.sqrt(share / ratio)).astype(jnp.int32)
+        fits = (heights < height) & (widths < width)
+        first = jnp.argmax(fits)
+        sides = jnp.array([heights[first], widths[first]])
+        # A box may touch each edge.
+        place = (place * (jnp.array([height, width]) - sides + 1)).astype(jnp.int32)
+        fires = (fires < probability) & fits.any()
+        return noise_key, jnp.concatenate([place, jnp.where(fires, sides, 0)])
+
+    return jax.vmap(one)(keys)

@@ -1,7 +1,9 @@
 """Picture files to RGB arrays, as an image viewer would show them."""
 
 import contextlib
+import io
 import os
+from typing import BinaryIO
 
 import numpy as np
 import PIL.ExifTags
@@ -10,7 +12,7 @@ import PIL.ImageOps
 
 from convnext_jax.errors import InputError
 
-__all__ = ["read_image", "to_rgb"]
+__all__ = ["decode_image", "read_image", "to_rgb"]
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
@@ -32,8 +34,17 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`, 89 million).
     """
     path = os.fspath(path)
+    return _read(path, path)
+
+
+def decode_image(content: bytes, name: str) -> np.ndarray:
+    """`read_image` of the content of a picture file, which errors call `name`."""
+    return _read(io.BytesIO(content), name)
+
+
+def _read(file: str | bytes | BinaryIO, path: str | bytes) -> np.ndarray:
     try:
-        image = PIL.Image.open(path)
+        image = PIL.Image.open(file)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
@@ -55,15 +66,19 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         limit = PIL.Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:
             raise _too_large(path)
-        load(image)
+        load(image, path)
         try:
             return np.array(to_rgb(image))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
 
-def load(image: PIL.Image.Image) -> None:
+def load(image: PIL.Image.Image, name: str | bytes = "") -> None:
     """Decode a picture that has been opened, if that has not been done.
+
+    Args:
+      image: The picture.
+      name: What errors call it, where it has no file name of its own.
 
     Raises:
       InputError: The file is damaged.
@@ -72,7 +87,7 @@ def load(image: PIL.Image.Image) -> None:
     try:
         image.load()
     except Exception as error:
-        raise _unreadable(getattr(image, "filename", "") or "a picture", error) from None
+        raise _unreadable(getattr(image, "filename", "") or name or "a picture", error) from None
 
 
 def _unreadable(path: object, error: Exception) -> InputError:

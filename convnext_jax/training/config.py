@@ -6,9 +6,12 @@ locked, so that a key that does not exist is an error in the file and on the com
 
 from __future__ import annotations
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 from convnext_jax.errors import InputError
+from convnext_jax.image.randaugment import parse_policy
 
 
 def default_config() -> ConfigDict:
@@ -16,37 +19,61 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of initial weights, order of examples, crops, flips and drop path
 
-    # Arguments of `convnext_jax.data.load`; each data set has its own.
+    # Arguments of `convnext_jax.data.sources.load`; each data set has its own.
     config.data = ConfigDict({"name": "digits"})
 
-    # Fields of ConvNextConfig. The number of classes and their names come from the data.
+    # Fields of ConvNextConfig. The number of classes and their names come from the data. With
+    # `init_from`, depths of () take the whole network from there, all but its drop path.
     config.model = ConfigDict(
         {
+            "model_type": "convnext",
             "patch_size": 4,
             "depths": (3, 3, 9, 3),
             "hidden_sizes": (96, 192, 384, 768),
             "hidden_act": "gelu",
             "layer_scale_init_value": 1e-6,
             "layer_norm_eps": 1e-6,
+            "initializer_range": 0.02,
             "drop_path_rate": 0.1,
         }
     )
     config.dtype = "float32"  # of the computation: "float32" or "bfloat16"; parameters stay f32
+    config.remat = False  # compute each block again in the backward pass: less memory, more time
+
+    # Fine-tuning.
+    config.init_from = ""  # a checkpoint to start from: a folder, a file of weights or a hub name
+    config.init_averaged = False  # take the averaged weights of a training run's file
+    config.head_init_scale = 1.0  # multiplies a new head's kernel
+    config.freeze_backbone = False  # train the head alone (a linear probe)
 
     config.image_size = 224  # side of the square that the network sees, in pixels
     config.mean = (0.485, 0.456, 0.406)  # of each channel, for pixels in 0..1
     config.std = (0.229, 0.224, 0.225)
     config.crop_scale = (0.08, 1.0)  # area of the random crop, as a share of the picture
     config.crop_ratio = (3 / 4, 4 / 3)  # its width over its height
+    config.shift = 0  # instead of that crop, shift by up to so many pixels, reflecting; 0: do not
     config.flip = 0.5  # probability of a horizontal flip
+    config.augment = "rand-m9-mstd0.5-inc1"  # RandAugment as timm spells it, "three", or "": none
+    config.color_jitter = 0.4  # strength; acts where `augment` is not RandAugment
+    config.erase = 0.25  # probability of erasing a box
+    config.mixup = 0.8  # alpha of the Beta distribution that mixup draws from; 0: none
+    config.cutmix = 1.0  # the same for cutmix
+    config.mix_prob = 1.0  # probability that a group is mixed at all
+    config.mix_switch_prob = 0.5  # probability of cutmix where both are on
+    config.mix_group = 128  # examples that share one draw, at most those of one device
     config.crop_pct = 0.875  # evaluation: the centre kept after resizing; from 384 px on, all is
 
-    config.batch_size = 4096  # over all devices
+    config.batch_size = 4096  # of an optimizer step: over all devices and accumulated parts
+    config.gradient_accumulation = 1  # parts that a device computes its share of the batch in
     config.epochs = 300.0
     config.warmup_epochs = 20.0
-    config.learning_rate = 4e-3  # after the warm-up, which starts at 0; not scaled by batch_size
+    config.learning_rate = 4e-3  # after the warm-up, which starts at 0
+    config.learning_rate_batch = 0  # the batch_size that it is for, scaled by; 0: not scaled
     config.min_learning_rate = 1e-6  # where the cosine ends
     config.weight_decay = 0.05  # of kernels; biases, norms and layer scale do not decay
+    config.weight_decay_end = config_dict.placeholder(float)  # a cosine leads there; None: constant
+    config.layer_decay = 1.0  # learning rate of a layer over that of the layer above it
+    config.layer_decay_rule = "group"  # the paper's twelve groups, or "single": each block is one
     config.adam_betas = (0.9, 0.999)
     config.adam_eps = 1e-8
     config.gradient_clip = 0.0  # largest global norm; 0 does not clip
@@ -64,6 +91,32 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
+def small_data_config() -> ConfigDict:
+    """`default_config` changed for some thousand to some ten thousand pictures, from scratch.
+
+    The paper's own settings stay near chance there: its learning rate is for batches of 4,096, its
+    average still holds the initial weights after a few thousand steps, and blocks that start at a
+    millionth of their strength need longer than such a run lasts.
+    """
+    config = default_config()
+    config.model.layer_scale_init_value = 1.0
+    config.model.initializer_range = 0.06
+    config.batch_size = 512
+    config.learning_rate = 6e-3
+    config.learning_rate_batch = 512
+    config.weight_decay = 0.2
+    config.mix_prob = 0.5
+    config.ema_decay = 0.999
+    config.ema_warmup = True
+    return config
+
+
+def peak_learning_rate(config: FrozenConfigDict) -> float:
+    """The learning rate after the warm-up, scaled by the batch if the settings say so."""
+    reference = config.learning_rate_batch or config.batch_size
+    return config.learning_rate * config.batch_size / reference
+
+
 def check(config: FrozenConfigDict) -> None:
     """Refuses settings that no run can be made with, before anything is read or written.
 
@@ -79,12 +132,28 @@ def check(config: FrozenConfigDict) -> None:
         "std": (len(config.std) == 3 and all(x > 0 for x in config.std), triple + " above 0"),
         "crop_scale": (_is_range(config.crop_scale, 1), "(low, high) with 0 < low <= high <= 1"),
         "crop_ratio": (_is_range(config.crop_ratio), "(low, high) with 0 < low <= high"),
+        "shift": (0 <= config.shift < config.image_size, "0 to below image_size"),
         "flip": (0 <= config.flip <= 1, "0 to 1"),
+        "color_jitter": (config.color_jitter >= 0, "0 or more"),
+        "erase": (0 <= config.erase <= 1, "0 to 1"),
+        "mixup": (config.mixup >= 0, "0 or more"),
+        "cutmix": (config.cutmix >= 0, "0 or more"),
+        "mix_prob": (0 <= config.mix_prob <= 1, "0 to 1"),
+        "mix_switch_prob": (0 <= config.mix_switch_prob <= 1, "0 to 1"),
+        "mix_group": (config.mix_group > 0, "1 or more"),
         "crop_pct": (0 < config.crop_pct <= 1, "above 0 and at most 1"),
         "epochs": (config.epochs > 0, "more than 0"),
         "warmup_epochs": (config.warmup_epochs >= 0, "0 or more"),
         "learning_rate": (config.learning_rate >= 0, "0 or more"),
+        "learning_rate_batch": (config.learning_rate_batch >= 0, "0 or more"),
+        "gradient_accumulation": (config.gradient_accumulation > 0, "1 or more"),
         "weight_decay": (config.weight_decay >= 0, "0 or more"),
+        "weight_decay_end": (
+            config.weight_decay_end is None or config.weight_decay_end >= 0,
+            "0 or more, or None",
+        ),
+        "layer_decay": (0 < config.layer_decay <= 1, "above 0 and at most 1"),
+        "layer_decay_rule": (config.layer_decay_rule in ("group", "single"), "'group' or 'single'"),
         "adam_betas": (
             len(config.adam_betas) == 2 and all(0 <= beta < 1 for beta in config.adam_betas),
             "two numbers from 0 to below 1",
@@ -98,9 +167,32 @@ def check(config: FrozenConfigDict) -> None:
         "log_every_steps": (config.log_every_steps > 0, "1 or more"),
         "loader_threads": (config.loader_threads > 0, "1 or more"),
     }
+    if config.augment not in ("", "three"):
+        parse_policy(config.augment)
+    if not config.init_from and (config.layer_decay < 1 or config.freeze_backbone):
+        raise InputError(
+            "init_from is not set, and a layer_decay below 1 and freeze_backbone are for a network "
+            "that has learnt something: give a checkpoint with --config.init_from=FOLDER"
+        )
     for name, (holds, wanted) in rules.items():
         if not holds:
             raise InputError(f"{name} is {config[name]!r}: give {wanted}")
+
+
+def train_pictures(config: FrozenConfigDict) -> dict[str, Any]:
+    """What `data.pipeline.train_batches` is told of the pictures: their size and their crops."""
+    return {
+        "image_size": config.image_size,
+        "seed": config.seed,
+        "crop_scale": None if config.shift > 0 else tuple(config.crop_scale),
+        "crop_ratio": tuple(config.crop_ratio),
+        "crop_pct": config.crop_pct,
+    }
+
+
+def eval_pictures(config: FrozenConfigDict) -> dict[str, Any]:
+    """What `data.pipeline.eval_batches` is told of the pictures."""
+    return {"image_size": config.image_size, "crop_pct": config.crop_pct}
 
 
 def _is_range(bounds: tuple[float, ...], most: float = float("inf")) -> bool:

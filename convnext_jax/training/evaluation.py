@@ -2,82 +2,203 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from convnext_jax.image.augment import normalize
+
+if TYPE_CHECKING:
+    from ml_collections import FrozenConfigDict
+
+    from convnext_jax.modeling import ConvNextForImageClassification
+
 PyTree = Any
+Batch = dict[str, jax.Array]
+Scores = tuple[dict[str, jax.Array], dict[str, jax.Array]]
+
+# Batches that are under way on the devices before the first of them is waited for: enough that
+# the devices have work, few enough that their pictures do not fill the memory.
+_UNDER_WAY = 3
+
+
+def eval_step(
+    params: PyTree,
+    batch: Batch,
+    *,
+    model: ConvNextForImageClassification,
+    config: FrozenConfigDict,
+) -> Scores:
+    """What a network makes of a batch; run under `jax.pmap` or `jax.jit`.
+
+    Args:
+      params: the network's parameters.
+      batch: `image` (batch, size, size, channels) uint8, `label` (batch,) int32, and `mask`
+        (batch,), 0 for what only fills the batch.
+      model: NHWC; its `axis_name` is the mapped axis, or None.
+      config: a run's settings; see `convnext_jax.training.config`.
+
+    Returns:
+      `score` of its logits, the sums taken over the whole batch, the rest for this device's part.
+    """
+    images = normalize(batch["image"], config.mean, config.std, model.dtype)
+    logits = model.apply({"params": params}, images, return_dict=True).logits
+    sums, examples = score(logits, batch["label"], batch["mask"])
+    if model.axis_name is not None:
+        sums = jax.lax.psum(sums, model.axis_name)
+    return sums, examples
+
+
+def score(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Scores:
+    """How good logits are, in f32.
+
+    Args:
+      logits: (batch, classes).
+      labels: (batch,) the right classes.
+      mask: (batch,), 0 for what only fills the batch.
+
+    Returns:
+      The sums over the batch of `loss` (cross entropy, not smoothed), `top1` and `top5`; and of
+      each example its `loss`, the predicted class as `prediction` and that class's probability as
+      `confidence`. Among equal logits the lower index comes first; NaN counts as wrong.
+    """
+    logits, mask = logits.astype(jnp.float32), mask.astype(jnp.float32)
+    right = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    # How many classes come first. Written by what comes after, so that a NaN counts as wrong.
+    tied = (logits == right) & (jnp.arange(logits.shape[-1]) >= labels[:, None])
+    rank = (~((logits < right) | tied)).sum(-1)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    losses = total - right[:, 0]
+    sums = {
+        "loss": (losses * mask).sum(),
+        "top1": ((rank < 1) * mask).sum(),
+        "top5": ((rank < 5) * mask).sum(),
+    }
+    examples = {
+        "loss": losses,
+        "prediction": logits.argmax(-1).astype(jnp.int32),
+        "confidence": jnp.exp(logits.max(-1) - total),
+    }
+    return sums, examples
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What one pass over a source gave.
+    """What one pass over a source gave; the arrays are in the order of the source.
 
     Attributes:
       metrics: means over all examples: `loss`, and `top1` and `top5` in 0..1.
-      labels: (examples,) the right class of each, in the order of the source.
-      predictions: (examples,) the class that scored highest.
+      labels: (examples,) int32, the right class of each.
+      predictions: (examples,) int32, the class that scored highest.
+      confidences: (examples,) f32, the probability of that class.
+      losses: (examples,) f32, cross entropy.
     """
 
     metrics: dict[str, float]
     labels: np.ndarray
     predictions: np.ndarray
+    confidences: np.ndarray
+    losses: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        """(examples,) bool; where a logit was NaN, and so the confidence is, nothing is right."""
+        return (self.labels == self.predictions) & ~np.isnan(self.confidences)
+
+    def confusions(self, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The cells of the confusion matrix that are not 0, as right class, predicted and count.
+
+        In the order of the rows, then the columns; for 21,841 classes the whole matrix would take
+        gigabytes.
+        """
+        cells, counts = np.unique(
+            self.labels.astype(np.int64) * classes + self.predictions, return_counts=True
+        )
+        return cells // classes, cells % classes, counts
 
     def confusion_matrix(self, classes: int) -> np.ndarray:
         """(classes, classes) counts; rows are the right classes, columns the predicted ones."""
         matrix = np.zeros((classes, classes), np.int64)
-        np.add.at(matrix, (self.labels, self.predictions), 1)
+        rows, columns, counts = self.confusions(classes)
+        matrix[rows, columns] = counts
         return matrix
+
+    def per_class(self, classes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each class, (classes,): how many of its examples are right, and how many it has."""
+        right = np.bincount(self.labels[self.right], minlength=classes)
+        return right, np.bincount(self.labels, minlength=classes)
+
+    def worst_mistakes(self, count: int) -> np.ndarray:
+        """Indices of up to `count` wrong examples, those first that the network was surest of."""
+        wrong = np.flatnonzero(~self.right)
+        confidences = np.nan_to_num(self.confidences[wrong], nan=-1.0)
+        return wrong[np.argsort(-confidences, kind="stable")[:count]]
 
 
 def evaluate(
-    eval_step: Callable[[PyTree, dict[str, np.ndarray]], tuple[dict[str, jax.Array], jax.Array]],
+    eval_step: Callable[[PyTree, dict[str, np.ndarray]], Scores],
     weights: dict[str, PyTree],
-    batches: Iterator[dict[str, np.ndarray]],
-    devices: int,
+    batches: Iterable[dict[str, np.ndarray]],
+    devices: int | None = None,
 ) -> dict[str, Evaluation]:
     """Evaluates several sets of weights in one pass over the data.
 
     Args:
-      eval_step: `step.eval_step` under `jax.pmap`, of parameters and a batch.
+      eval_step: of parameters and a batch; `eval_step` under `jax.pmap` with `devices`, under
+        `jax.jit` without.
       weights: parameters by name, such as {"val": ..., "val_ema": ...}.
       batches: of `eval_batches`, padded and masked.
-      devices: how many parts each batch is split into.
+      devices: how many parts each batch is split into; None leaves it whole.
 
     Returns:
       An `Evaluation` for each name.
     """
-    results: dict[str, list] = {name: [] for name in weights}
+    outputs: dict[str, list] = {name: [] for name in weights}
     labels, masks = [], []
+    under_way: collections.deque[dict[str, Scores]] = collections.deque()
+
+    def wait_for_one() -> None:
+        for name, scores in jax.device_get(under_way.popleft()).items():
+            outputs[name].append(scores)
+
     for batch in batches:
         parts = split(batch, devices)
-        for name, params in weights.items():
-            results[name].append(eval_step(params, parts))  # dispatched, not waited for
+        under_way.append({name: eval_step(params, parts) for name, params in weights.items()})
         labels.append(batch["label"])
         masks.append(np.asarray(batch["mask"]).astype(bool))
+        if len(under_way) == _UNDER_WAY:
+            wait_for_one()
+    while under_way:
+        wait_for_one()
     mask = np.concatenate(masks)
 
-    def gather(outputs: list) -> Evaluation:
-        outputs = jax.device_get(outputs)
+    def gather(outputs: list[Scores]) -> Evaluation:
         # Summed in f64: in f32 a sum over millions of examples would lose some.
         sums = {k: sum(float(sums[k]) for sums, _ in outputs) for k in outputs[0][0]}
-        predictions = np.concatenate([predicted.reshape(-1) for _, predicted in outputs])
+        examples = {
+            k: np.concatenate([part[k].reshape(-1) for _, part in outputs])[mask]
+            for k in outputs[0][1]
+        }
         return Evaluation(
             {name: value / int(mask.sum()) for name, value in sums.items()},
             np.concatenate(labels)[mask],
-            predictions[mask],
+            examples["prediction"],
+            examples["confidence"],
+            examples["loss"],
         )
 
-    return {name: gather(outputs) for name, outputs in results.items()}
+    return {name: gather(scores) for name, scores in outputs.items()}
 
 
-def split(batch: dict[str, np.ndarray], devices: int) -> dict[str, np.ndarray]:
-    """What the step reads of a batch, with a leading axis over the devices."""
+def split(batch: dict[str, np.ndarray], devices: int | None) -> dict[str, np.ndarray]:
+    """What the step reads of a batch; with a leading axis over the devices, unless None."""
     return {
-        name: value.reshape(devices, -1, *value.shape[1:])
+        name: value if devices is None else value.reshape(devices, -1, *value.shape[1:])
         for name, value in batch.items()
         if name in ("image", "label", "mask")
     }

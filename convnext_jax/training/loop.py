@@ -20,27 +20,28 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict, FrozenConfigDict
-from PIL import Image
 from tqdm import tqdm
 
 from convnext_jax.checkpoints.files import read_json
-from convnext_jax.configuration import ConvNextConfig
 from convnext_jax.data import pipeline, sources
 from convnext_jax.errors import InputError
-from convnext_jax.image import ConvNextImageProcessor
-from convnext_jax.modeling import ConvNextForImageClassification
-from convnext_jax.training import checkpointing, recipe, report
-from convnext_jax.training.config import check
-from convnext_jax.training.evaluation import Evaluation, evaluate, split
-from convnext_jax.training.metrics import METRICS_NAME, MetricsWriter, read_rows
-from convnext_jax.training.step import TrainState, eval_step, init_state, train_step
+from convnext_jax.training import checkpointing, recipe
+from convnext_jax.training.config import (
+    check,
+    eval_pictures,
+    peak_learning_rate,
+    train_pictures,
+)
+from convnext_jax.training.evaluation import Evaluation, eval_step, evaluate, split
+from convnext_jax.training.metrics import MetricsWriter
+from convnext_jax.training.network import AXIS, initial_model
+from convnext_jax.training.plan import Plan, print_plan
+from convnext_jax.training.results import write_results
+from convnext_jax.training.step import TrainState, init_state, train_step
 
-AXIS = "batch"
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # What may differ when a run is continued, because the result does not depend on it.
 FREE_SETTINGS = {"keep_checkpoints", "loader_threads", "log_every_steps", "log_example_ids"}
 
@@ -62,23 +63,34 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     config, workdir = FrozenConfigDict(config), Path(workdir)
     check(config)
     dataset = sources.load(**config.data)
-    model = build_model(config, dataset.class_names)
     plan = Plan(config, len(dataset.train))
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    model, params = initial_model(config, dataset.class_names, init_key)
 
     devices = jax.local_devices()
     replicated = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
     schedule = recipe.warmup_cosine(
-        config.learning_rate, plan.warmup_steps, plan.total_steps, config.min_learning_rate
+        peak_learning_rate(config), plan.warmup_steps, plan.total_steps, config.min_learning_rate
     )
-    optimizer = recipe.adamw(
-        schedule, config.weight_decay, tuple(config.adam_betas), config.adam_eps,
-        config.gradient_clip,
-    )  # fmt: skip
-    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    groups = {
+        "layer_decay": config.layer_decay,
+        "layer_decay_rule": config.layer_decay_rule,
+        "freeze_backbone": config.freeze_backbone,
+    }
+    optimizer = recipe.optimizer(
+        params,
+        learning_rate=schedule,
+        weight_decay=recipe.weight_decay_cosine(
+            config.weight_decay, config.weight_decay_end, plan.total_steps
+        ),
+        betas=tuple(config.adam_betas),
+        eps=config.adam_eps,
+        gradient_clip=config.gradient_clip,
+        **groups,
+    )
     # Placed on all devices from the start: otherwise the second step would compile again.
-    state = jax.device_put(
-        init_state(model, optimizer, init_key, with_average=config.ema_decay > 0), replicated
-    )
+    state = jax.device_put(init_state(params, optimizer, config.ema_decay > 0), replicated)
+    del params  # a second copy, which may not fit
     step_key = jax.device_put(step_key, replicated)
     p_train_step = jax.pmap(
         functools.partial(train_step, model=model, optimizer=optimizer, config=config),
@@ -94,7 +106,9 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         out_axes=(None, 0),
     )
     _open_workdir(workdir, config, sources.fingerprint(dataset))
-    _print_plan(config, plan, dataset, state, workdir)
+    print_plan(config, plan, dataset, model, state.params, workdir)
+    if config.layer_decay < 1 or config.freeze_backbone:
+        print(recipe.group_table(state.params, weight_decay=config.weight_decay, **groups))
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -105,11 +119,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 pipeline.train_batches(
                     dataset.train,
                     batch_size=config.batch_size,
-                    image_size=config.image_size,
-                    seed=config.seed,
-                    crop_scale=tuple(config.crop_scale),
-                    crop_ratio=tuple(config.crop_ratio),
                     num_threads=config.loader_threads,
+                    **train_pictures(config),
                 )
             )
         )
@@ -136,9 +147,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             examples = pipeline.eval_batches(
                 dataset.val,
                 batch_size=plan.eval_batch_size,
-                image_size=config.image_size,
-                crop_pct=config.crop_pct,
                 num_threads=config.loader_threads,
+                **eval_pictures(config),
             )
             with contextlib.closing(examples):
                 return evaluate(p_eval_step, weights, examples, len(devices))
@@ -204,55 +214,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
     exported = "val_ema" if state.average is not None else "val"
     weights = state.params if state.average is None else state.average
-    return _write_results(
+    return write_results(
         config, workdir, model, dataset, weights, last_evaluation, exported, plan.total_steps
-    )
-
-
-class Plan:
-    """Epochs in steps: what follows from the settings and the number of examples."""
-
-    def __init__(self, config: FrozenConfigDict, examples: int):
-        devices = jax.local_device_count()
-        self.eval_batch_size = config.eval_batch_size or config.batch_size
-        for name, size in {
-            "batch_size": config.batch_size,
-            "eval_batch_size": self.eval_batch_size,
-        }.items():
-            if size < 1 or size % devices:
-                raise InputError(f"{name} is {size}: give a multiple of the {devices} device(s)")
-        if config.batch_size > examples:
-            raise InputError(
-                f"batch_size is {config.batch_size} and there are {examples} training examples: "
-                "give a smaller batch_size"
-            )
-        self.steps_per_epoch = examples // config.batch_size
-        self.total_steps = self._steps(config.epochs)
-        self.warmup_steps = int(config.warmup_epochs * self.steps_per_epoch)
-        self.eval_every = self._steps(config.eval_every_epochs)
-        self.checkpoint_every = self._steps(config.checkpoint_every_epochs)
-        if self.warmup_steps >= self.total_steps:
-            raise InputError(
-                f"warmup_epochs is {config.warmup_epochs} of {config.epochs} epochs in all: "
-                "give fewer"
-            )
-
-    def _steps(self, epochs: float) -> int:
-        return max(1, int(epochs * self.steps_per_epoch))
-
-
-def build_model(
-    config: FrozenConfigDict, class_names: tuple[str, ...]
-) -> ConvNextForImageClassification:
-    """The network of a run, NHWC, over the axis of `jax.pmap`."""
-    model_config = ConvNextConfig(
-        num_stages=len(config.model.depths),
-        image_size=config.image_size,
-        id2label=dict(enumerate(class_names)),
-        **config.model,
-    )
-    return ConvNextForImageClassification(
-        model_config, dtype=DTYPES[config.dtype], data_format="channels_last", axis_name=AXIS
     )
 
 
@@ -297,26 +260,6 @@ def _differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
     ]
 
 
-def _print_plan(
-    config: FrozenConfigDict, plan: Plan, dataset: sources.Dataset, state: TrainState, workdir: Path
-) -> None:
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    device = jax.local_devices()[0]
-    horizon = f"{1 / (1 - config.ema_decay):.0f} steps" if config.ema_decay > 0 else "off"
-    rows = {
-        "run": workdir,
-        "data": f"{config.data.name}: {len(dataset.train):,} to train on, {len(dataset.val):,} to "
-        f"evaluate, {len(dataset.class_names)} classes",
-        "network": f"{parameters:,} parameters, {config.image_size} px, {config.dtype}",
-        "devices": f"{jax.local_device_count()} x {device.device_kind}",
-        "batch": f"{config.batch_size}, so {plan.steps_per_epoch:,} steps an epoch",
-        "steps": f"{plan.total_steps:,}, of which warm-up {plan.warmup_steps:,}; "
-        f"{plan.total_steps * config.batch_size:,} examples seen",
-        "EMA horizon": horizon,
-    }
-    print("\n".join(f"{name:>12}  {value}" for name, value in rows.items()), flush=True)
-
-
 def _evaluation_line(step: int, plan: Plan, values: dict[str, float], rate: float) -> str:
     parts = [f"step {step:>{len(str(plan.total_steps))}}/{plan.total_steps}"]
     parts.append(f"loss {values['val/loss']:.4f}")
@@ -325,56 +268,3 @@ def _evaluation_line(step: int, plan: Plan, values: dict[str, float], rate: floa
         parts.append(f"EMA top-1 {values['val_ema/top1']:.2%}")
     parts.append(f"{rate:,.0f} examples/s")
     return "  ".join(parts)
-
-
-def _write_results(
-    config: FrozenConfigDict,
-    workdir: Path,
-    model: ConvNextForImageClassification,
-    dataset: sources.Dataset,
-    weights: Any,
-    evaluations: dict[str, Evaluation],
-    exported: str,
-    steps: int,
-) -> dict[str, float]:
-    """Pictures, final metrics, the exported model and some examples to try it on."""
-    report.plot_curves(read_rows(workdir / METRICS_NAME), workdir / "curves.png")
-    matrix = evaluations[exported].confusion_matrix(len(dataset.class_names))
-    report.plot_confusion_matrix(matrix, dataset.class_names, workdir / "confusion_matrix.png")
-    np.savetxt(workdir / "confusion_matrix.csv", matrix, fmt="%d", delimiter=",")
-
-    model = model.clone(data_format="channels_first", axis_name=None, dtype=None)
-    model.save_pretrained(workdir / "model", {"params": weights})
-    image_processor(config).save_pretrained(workdir / "model")
-
-    examples = workdir / "examples"
-    examples.mkdir(exist_ok=True)
-    files = [
-        "".join(c if c.isalnum() or c in "-_" else "_" for c in n) for n in dataset.class_names
-    ]
-    for label, file in enumerate(files[:10]):
-        of_class = np.flatnonzero(dataset.val.labels == label)
-        if of_class.size:  # a class may be too small to have held any out
-            name = file if files.count(file) == 1 else f"{file}_{label}"
-            Image.fromarray(dataset.val[int(of_class[0])]["image"]).save(examples / f"{name}.png")
-
-    final: dict[str, Any] = {"steps": steps, "examples": len(dataset.val), "exported": exported}
-    for name, evaluation in evaluations.items():
-        final |= {f"{name}/{metric}": value for metric, value in evaluation.metrics.items()}
-    (workdir / "metrics.json").write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")
-    print(
-        f"top-1 {final[f'{exported}/top1']:.2%} on {len(dataset.val):,} held-out examples; "
-        f"model in {workdir / 'model'}, curves.png and confusion_matrix.png beside it"
-    )
-    return final
-
-
-def image_processor(config: FrozenConfigDict) -> ConvNextImageProcessor:
-    """The preprocessing that this run evaluated with, for `preprocessor_config.json`."""
-    return ConvNextImageProcessor(
-        size={"shortest_edge": config.image_size},
-        crop_pct=config.crop_pct,
-        resample=Image.Resampling.BICUBIC,
-        image_mean=list(config.mean),
-        image_std=list(config.std),
-    )

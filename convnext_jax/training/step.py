@@ -1,6 +1,6 @@
-"""One step of training and one of evaluation: pure functions, run under `jax.pmap`.
+"""One step of training: a pure function, run under `jax.pmap`.
 
-Each takes an optional axis name. With it, a device sees its part of the batch and the results are
+The model has an axis name or None. With it, a device sees its part of the batch and the results are
 joined over the axis; without it, the same function runs on one device or under `jax.jit`. What is
 random is drawn for the whole batch from `fold_in(key, step)` and each device takes its part, so a
 run depends on the number of devices by the order of its sums alone, and needs no saved RNG state.
@@ -17,7 +17,9 @@ from flax import struct
 from ml_collections import FrozenConfigDict
 
 from convnext_jax import ops
-from convnext_jax.image.augment import normalize, random_flip
+from convnext_jax.image.augment import normalize, random_erase, random_flip, random_shift
+from convnext_jax.image.mixing import mix
+from convnext_jax.image.randaugment import color_jitter, parse_policy, rand_augment, three_augment
 from convnext_jax.modeling import ConvNextForImageClassification
 from convnext_jax.training import recipe
 
@@ -44,13 +46,9 @@ class TrainState:
 
 
 def init_state(
-    model: ConvNextForImageClassification,
-    optimizer: optax.GradientTransformation,
-    key: jax.Array,
-    with_average: bool,
+    params: PyTree, optimizer: optax.GradientTransformation, with_average: bool
 ) -> TrainState:
     """The state before the first step; the average starts at the initial weights."""
-    params = model.init_variables(key)["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -68,7 +66,10 @@ def train_step(
     optimizer: optax.GradientTransformation,
     config: FrozenConfigDict,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step.
+    """One optimizer step, of as many parts of the batch as `config.gradient_accumulation` says.
+
+    Gradients, loss and accuracy are the means of the parts' means. The schedules and the average
+    move once, at the end.
 
     Args:
       state: see `TrainState`.
@@ -79,27 +80,50 @@ def train_step(
       config: a run's settings; see `convnext_jax.training.config`.
 
     Returns:
-      The next state, and the means over the whole batch of `loss` and `top1` with the
-      `gradient_norm`.
+      The next state, and the means over the whole batch of `loss` and `top1` (of mixed pictures,
+      the larger part's class counts) with the `gradient_norm`.
     """
-    axis_name = model.axis_name
-    flip_key, drop_path_key = jax.random.split(jax.random.fold_in(key, state.step))
-    image_keys = ops.own_part(
-        lambda n: jax.random.split(flip_key, n), len(batch["image"]), axis_name
-    )
-    images = jax.vmap(random_flip, (0, 0, None))(image_keys, batch["image"], config.flip)
-    images = normalize(images, config.mean, config.std, model.dtype)
+    axis_name, parts = model.axis_name, config.gradient_accumulation
+    local = len(batch["label"])
+    group = mix_group(config, local)
+    step_key = jax.random.fold_in(key, state.step)
+    image_key, group_key, drop_path_key = jax.random.split(step_key, 3)
+    rows = {
+        "image": batch["image"],
+        "label": batch["label"],
+        "image_key": _own_keys(image_key, local, axis_name),
+        "group_key": _own_keys(group_key, local // group, axis_name),
+    }
 
-    def loss_of(params: PyTree) -> tuple[jax.Array, jax.Array]:
+    def loss_of(params: PyTree, part: Batch, drop_path_key: jax.Array):
+        if config.freeze_backbone:  # the gradient ends at the head, and is not computed below it
+            params = {**params, "convnext": jax.lax.stop_gradient(params["convnext"])}
+        images, targets = augment(part, model.config.num_labels, config, model.dtype)
         rngs = {"drop_path": drop_path_key}
         outputs = model.apply({"params": params}, images, return_dict=True, train=True, rngs=rngs)
-        logits = outputs.logits
-        losses = recipe.smoothed_cross_entropy(logits, batch["label"], config.label_smoothing)
-        return losses.mean(), (logits.argmax(-1) == batch["label"]).mean()
+        right = outputs.logits.argmax(-1) == targets.argmax(-1)
+        losses = recipe.soft_cross_entropy(outputs.logits, targets)
+        return losses.mean(), {"loss": losses.mean(), "top1": right.mean(dtype=losses.dtype)}
 
-    (loss, top1), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+    gradient_of = jax.grad(loss_of, has_aux=True)
+    if parts == 1:
+        gradients, metrics = gradient_of(state.params, rows, drop_path_key)
+    else:
+
+        def add_part(total: PyTree, part: Batch) -> tuple[PyTree, None]:
+            own = gradient_of(state.params, part, part.pop("drop_path_key"))
+            return jax.tree.map(jnp.add, total, own), None
+
+        rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
+        rows["drop_path_key"] = jax.random.split(drop_path_key, parts)
+        shapes = jax.eval_shape(
+            lambda: gradient_of(state.params, jax.tree.map(lambda x: x[0], rows), drop_path_key)
+        )
+        zeros = optax.tree.zeros_like(shapes)
+        total, _ = jax.lax.scan(add_part, zeros, rows)
+        gradients, metrics = jax.tree.map(lambda x: x / parts, total)
     if axis_name is not None:
-        loss, top1, gradients = jax.lax.pmean((loss, top1, gradients), axis_name)
+        gradients, metrics = jax.lax.pmean((gradients, metrics), axis_name)
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -107,43 +131,59 @@ def train_step(
     if average is not None:
         decay = recipe.average_decay(config.ema_decay, state.step, config.ema_warmup)
         average = recipe.update_average(average, params, decay)
-    metrics = {"loss": loss, "top1": top1, "gradient_norm": optax.tree.norm(gradients)}
+    metrics["gradient_norm"] = optax.tree.norm(gradients)
     return TrainState(state.step + 1, params, opt_state, average), metrics
 
 
-def eval_step(
-    params: PyTree,
-    batch: Batch,
-    *,
-    model: ConvNextForImageClassification,
-    config: FrozenConfigDict,
-) -> tuple[Metrics, jax.Array]:
-    """Sums over the examples of a batch that count.
+def augment(
+    rows: Batch, num_classes: int, config: FrozenConfigDict, dtype: Any = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
+    """The pictures as the network sees them in training, and what it should say of them.
 
     Args:
-      params: the network's parameters.
-      batch: as in `train_step`, and `mask` (batch,), 0 for what only fills the batch.
-      model: see `train_step`.
-      config: see `train_step`.
+      rows: `image` (batch, size, size, 3) uint8, `label` (batch,) ints, `image_key` (batch,) PRNG
+        keys and `group_key` (groups,) PRNG keys, one for each picture and for each group of
+        pictures that are mixed among themselves.
+      num_classes: of the targets.
+      config: a run's settings.
+      dtype: of the pictures that are returned.
 
     Returns:
-      The sums of `loss` (cross entropy, not smoothed), `top1` and `top5` over the whole batch, and
-      the predicted class of each of this device's examples, (batch,) int32.
+      Pictures (batch, size, size, 3), normalised, and targets (batch, num_classes).
     """
-    images = normalize(batch["image"], config.mean, config.std, model.dtype)
-    logits = model.apply({"params": params}, images, return_dict=True).logits.astype(jnp.float32)
-    labels, mask = batch["label"], batch["mask"].astype(jnp.float32)
-    right = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    # How many classes come first; among equals the lower index, as in argmax. Written by what comes
-    # after, so that a NaN counts as wrong.
-    tied = (logits == right) & (jnp.arange(logits.shape[-1]) >= labels[:, None])
-    rank = (~((logits < right) | tied)).sum(-1)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    sums = {
-        "loss": (losses * mask).sum(),
-        "top1": ((rank < 1) * mask).sum(),
-        "top5": ((rank < 5) * mask).sum(),
-    }
-    if model.axis_name is not None:
-        sums = jax.lax.psum(sums, model.axis_name)
-    return sums, logits.argmax(-1).astype(jnp.int32)
+    keys = jax.vmap(lambda key: jax.random.split(key, 5))(rows["image_key"])
+    images = rows["image"]
+    if config.shift > 0:
+        images = random_shift(keys[:, 0], images, config.shift)
+    if config.flip > 0:
+        images = random_flip(keys[:, 1], images, config.flip)
+    if config.augment == "three":
+        images = three_augment(keys[:, 2], images)
+    elif config.augment:
+        fill = tuple(round(255 * mean) for mean in config.mean)
+        images = rand_augment(keys[:, 2], images, parse_policy(config.augment), fill)
+    if config.color_jitter > 0 and config.augment in ("", "three"):
+        images = color_jitter(keys[:, 3], images, config.color_jitter)
+    images = normalize(images, config.mean, config.std, dtype or jnp.float32)
+    if config.erase > 0:
+        images = random_erase(keys[:, 4], images, config.erase)
+    return mix(
+        rows["group_key"], images, rows["label"], num_classes,
+        mixup=config.mixup, cutmix=config.cutmix, prob=config.mix_prob,
+        switch_prob=config.mix_switch_prob, smoothing=config.label_smoothing,
+    )  # fmt: skip
+
+
+def mix_group(config: FrozenConfigDict, local: int) -> int:
+    """Pictures that share one draw of mixup or cutmix, where a device has `local` of a batch.
+
+    As many as `config.mix_group` says; all of a part of the batch where that is fewer, or where
+    nothing is mixed.
+    """
+    part = local // config.gradient_accumulation
+    is_mixed = config.mix_prob > 0 and (config.mixup > 0 or config.cutmix > 0)
+    return min(config.mix_group, part) if is_mixed else part
+
+
+def _own_keys(key: jax.Array, local: int, axis_name: str | None) -> jax.Array:
+    return ops.own_part(lambda n: jax.random.split(key, n), local, axis_name)

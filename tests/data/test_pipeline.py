@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convnext_jax.data import pipeline
+from convnext_jax.data import pipeline, sources
 from convnext_jax.data.sources import ArraySource
 from convnext_jax.errors import InputError
-from convnext_jax.image import ConvNextImageProcessor
+from convnext_jax.image import CROP_DRAWS, ConvNextImageProcessor, sample_crop
 
 SIZE = 8
 
@@ -149,21 +149,52 @@ def test_resume_through_orbax_is_exact(tmp_path: Path):
         assert_same(list(islice(iterator, 16)), expected[9:])
 
 
-def test_random_crop_is_cut_then_resized(monkeypatch: pytest.MonkeyPatch):
-    asked = []
+def test_crops_are_drawn_by_place_in_the_stream():
+    """The boxes and the pixels of a process's batch, worked out anew from the definition."""
+    source = toy(9)
+    scale, ratio = (0.3, 0.9), (0.5, 2)
+    arguments = {"crop_scale": scale, "crop_ratio": ratio, "batch_size": 3, "seed": 5}
+    second = batches(source, 4, **arguments, process_index=1, process_count=2)
+    _, crop_seed = np.random.SeedSequence(5).generate_state(2).tolist()
+    for step, batch in enumerate(second):
+        draws = np.random.default_rng((crop_seed, step)).random((6, *CROP_DRAWS))[3:]
+        for row, number in enumerate(batch["id"]):
+            top, left, height, width = sample_crop(draws[row], 12, 16, scale, ratio)
+            picture = Image.fromarray(source.images[number])
+            picture = picture.crop((left, top, left + width, top + height))
+            expected = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+            difference = np.abs(batch["image"][row].astype(int) - expected)
+            assert difference.max() <= 1
+            assert np.count_nonzero(difference) <= 2
 
-    def sample_crop(rng: np.random.Generator, *arguments: object) -> tuple[int, int, int, int]:
-        asked.append(arguments)
-        return 2, 5, 6, 9
 
-    monkeypatch.setattr(pipeline, "sample_crop", sample_crop)
-    source = toy(1)
-    (batch,) = batches(source, 1, batch_size=1, crop_scale=(0.3, 0.9), crop_ratio=(0.5, 2))
-    # Not asked[0]: a thread of an iterator closed before may still be finishing its batch.
-    assert (12, 16, (0.3, 0.9), (0.5, 2)) in asked
-    picture = Image.fromarray(source.images[0]).crop((5, 2, 5 + 9, 2 + 6))
-    expected = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-    assert np.array_equal(batch["image"][0], expected)
+@pytest.fixture
+def folder(tmp_path: Path) -> sources.FolderSource:
+    """JPEG and PNG files of several sizes."""
+    rng = np.random.default_rng(0)
+    names = [f"{i}.{('jpg', 'png')[i % 2]}" for i in range(8)]
+    for i, name in enumerate(names):
+        image = rng.integers(0, 256, (20 + i, 40 - 2 * i, 3), np.uint8)
+        Image.fromarray(image).save(tmp_path / name)
+    return sources.FolderSource(tmp_path, names, np.arange(8) % 3)
+
+
+def test_files_give_the_batches_of_the_same_pictures_in_memory(folder: sources.FolderSource):
+    in_memory = sources.FolderSource(folder.root, folder.paths, folder.labels)
+    in_memory.keep_in_memory()
+    for crop_scale in ((0.08, 1.0), None):
+        assert_same(
+            batches(folder, 6, crop_scale=crop_scale), batches(in_memory, 6, crop_scale=crop_scale)
+        )
+
+
+def test_an_unreadable_file_is_named(folder: sources.FolderSource):
+    damaged = folder.root / folder.paths[4]
+    damaged.write_bytes(damaged.read_bytes()[:-50])
+    for crop_scale in ((0.08, 1.0), None):
+        with pytest.raises(InputError) as caught:
+            batches(folder, 2, crop_scale=crop_scale)
+        assert str(damaged) in str(caught.value)
 
 
 def test_no_random_crop_is_the_evaluation_transform():
@@ -172,6 +203,40 @@ def test_no_random_crop_is_the_evaluation_transform():
         for row, number in enumerate(batch["id"]):
             expected = pipeline.eval_transform(source.images[number], SIZE, 0.8)
             assert np.array_equal(batch["image"][row], expected)
+
+
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("subset", [False, True])
+def test_pictures_of_the_right_size_are_delivered_as_they_are(
+    grey: bool, subset: bool, monkeypatch: pytest.MonkeyPatch
+):
+    source = toy(30, SIZE, SIZE)
+    if grey:
+        source = ArraySource("toy", source.images[..., 0], source.labels)
+    before = source.images.copy()
+    whole = sources.Subset(source, np.arange(30)[::-1]) if subset else source
+    expected = [whole[i]["image"] for i in range(30)]
+    monkeypatch.setattr(pipeline, "eval_transform", None)  # nothing is done one by one
+    arguments = {"batch_size": 7, "image_size": SIZE, "crop_pct": 1.0}
+    with closing(pipeline.eval_batches(whole, **arguments)) as iterator:
+        passes = [*iterator, *batches(whole, 9, crop_scale=None, **arguments)]
+    for batch in passes:
+        assert batch["image"].shape == (7, SIZE, SIZE, 3)
+        for image, number, label in zip(batch["image"], batch["id"], batch["label"], strict=True):
+            assert np.array_equal(image, expected[number] if number >= 0 else np.zeros_like(image))
+            assert label == (whole.labels[number] if number >= 0 else 0)
+        batch["image"][:] = 7  # the caller's own
+    assert np.array_equal(source.images, before)
+
+
+def test_large_pictures_of_the_right_size_are_not_warped():
+    # From 384 pixels on the whole picture is resized: to its own size, here.
+    source = toy(2, 384, 384)
+    (batch,) = batches(source, 1, batch_size=2, image_size=384, crop_scale=None, crop_pct=0.8)
+    assert np.array_equal(batch["image"], source.images[batch["id"]])
+    small = toy(2, 30, 30)
+    (batch,) = batches(small, 1, batch_size=2, image_size=384, crop_scale=None)
+    assert batch["image"].shape == (2, 384, 384, 3)
 
 
 # --- evaluation ---

@@ -1,8 +1,10 @@
 """Sources: the right pictures with the right labels, the same split for good, or an error."""
 
 import gzip
+import hashlib
 import os
 import struct
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +45,66 @@ def test_load_says_which_arguments_a_data_set_takes(arguments: dict):
     raises_one_line(
         lambda: sources.load("digits", **arguments), *[set(arguments) - {"split_seed"}][0]
     )
-    raises_one_line(lambda: sources.load("digits", **arguments), "val_fraction", "split_seed")
+    takes = ("val_fraction", "split_seed", "tune_fraction")
+    raises_one_line(lambda: sources.load("digits", **arguments), *takes)
+
+
+# --- a part of the training part to choose settings on ---
+
+
+def names(source: sources.Source) -> list[str]:
+    return [source.example_name(i) for i in range(len(source))]
+
+
+def test_tuning_leaves_val_alone():
+    whole = sources.load("digits")
+    data = sources.load("digits", tune_fraction=0.25)
+    assert set(names(data.train)).isdisjoint(names(data.val))
+    assert sorted(names(data.train) + names(data.val)) == sorted(names(whole.train))
+    assert set(names(data.val)).isdisjoint(names(whole.val))
+    expected = np.bincount(whole.train.labels) * 0.25
+    assert np.all(np.abs(np.bincount(data.val.labels) - expected) < 1)
+    assert data.class_names == whole.class_names
+    assert sources.fingerprint(data) != sources.fingerprint(whole)
+
+
+def test_tuning_examples_are_those_of_the_training_part():
+    whole = sources.load("digits").train
+    by_name = {whole.example_name(i): whole[i] for i in range(len(whole))}
+    data = sources.load("digits", tune_fraction=0.1)
+    for source in (data.train, data.val):
+        assert source.labels.dtype == np.int32
+        pictures = source.batch(np.arange(len(source)))
+        for i in range(0, len(source), 10):
+            example, expected = source[i], by_name[source.example_name(i)]
+            assert example["id"] == i
+            assert example["label"] == source.labels[i] == expected["label"]
+            assert np.array_equal(example["image"], expected["image"])
+            assert np.array_equal(pictures[i], expected["image"])
+
+
+def test_tuning_split_goes_by_its_seed_and_the_names(tmp_path: Path):
+    first, again, other = (
+        names(sources.load("digits", tune_fraction=0.1, tune_seed=seed).val) for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+    # And not by where the folder lies, nor by how it is read.
+    parts = []
+    for folder in ("a", "b"):
+        root = two_trees(tmp_path / folder)
+        for in_memory in (False, True):
+            arguments = {"folder": root, "tune_fraction": 0.34, "in_memory": in_memory}
+            data = sources.load("image_folder", **arguments)
+            parts.append([name.removeprefix(str(root)) for name in names(data.val)])
+            assert all(name.startswith("/train/") for name in parts[-1])
+    assert len(parts[0]) == 3
+    assert parts[1:] == parts[:1] * 3
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5])
+def test_tuning_fraction_is_checked(fraction: float):
+    raises_one_line(lambda: sources.load("digits", tune_fraction=fraction), fraction)
 
 
 # --- the held-out part ---
@@ -217,6 +278,98 @@ def test_fashion_mnist_itself():
     assert data.class_names[data.train[0]["label"]] == "Ankle boot"
 
 
+# --- CIFAR-10 ---
+
+
+@pytest.fixture
+def cifar_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three classes of five pictures, of which two are val."""
+    monkeypatch.setattr(sources, "CIFAR10_VAL_PER_CLASS", 2)
+    rng = np.random.default_rng(0)
+    for name in ("ship", "airplane", "frog"):
+        (tmp_path / "tree" / "train" / name).mkdir(parents=True)
+        for i in range(5):
+            image = rng.integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(image).save(tmp_path / "tree" / "train" / name / f"{i:04}.jpg")
+    return tmp_path / "tree"
+
+
+def pack(tree: Path, archive: Path) -> Path:
+    archive.parent.mkdir(exist_ok=True)
+    with tarfile.open(archive, "w:xz") as tar:
+        tar.add(tree / "train", "train")
+    return archive
+
+
+def test_cifar10(cifar_tree: Path):
+    data = sources.load("cifar10", folder=str(cifar_tree))
+    assert data.class_names == ("airplane", "frog", "ship")
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert data.val.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert names(data.val) == [
+        f"cifar10/train/{name}/000{i}.jpg" for name in data.class_names for i in (3, 4)
+    ]
+    for source in (data.train, data.val):
+        assert source.images.shape == (len(source), 32, 32, 3)
+        for i, name in enumerate(names(source)):
+            file = cifar_tree / name.removeprefix("cifar10/")
+            assert np.array_equal(source[i]["image"], np.asarray(Image.open(file)))
+
+
+def test_cifar10_archive_is_the_tree(cifar_tree: Path, tmp_path: Path):
+    expected = sources.cifar10(cifar_tree)
+    archive = pack(cifar_tree, tmp_path / "packed" / "cifar10_train_jpg.tar.xz")
+    for path in (archive, archive.parent):
+        data = sources.cifar10(path)
+        assert sources.fingerprint(data) == sources.fingerprint(expected)
+        assert np.array_equal(data.train.images, expected.train.images)
+        assert np.array_equal(data.val.images, expected.val.images)
+
+
+def test_what_is_wrong_with_cifar10_is_named(cifar_tree: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    raises_one_line(lambda: sources.cifar10(tmp_path / "empty"), tmp_path / "empty", ".tar.xz")
+    raises_one_line(lambda: sources.cifar10(tmp_path / "gone"), tmp_path / "gone")
+    archive = pack(cifar_tree, tmp_path / "packed" / "cifar10_train_jpg.tar.xz")
+    content = archive.read_bytes()
+    for damaged in (content[: len(content) // 2], b"text", b""):
+        archive.write_bytes(damaged)
+        raises_one_line(lambda: sources.cifar10(archive), archive, "fetch it again")
+    frog = cifar_tree / "train" / "frog" / "0002.jpg"
+    Image.new("RGB", (33, 32)).save(frog)
+    raises_one_line(lambda: sources.cifar10(cifar_tree), "frog/0002.jpg", "33×32")
+    frog.write_bytes(b"")
+    raises_one_line(lambda: sources.cifar10(cifar_tree), frog)
+    raises_one_line(lambda: sources.cifar10(pack(cifar_tree, archive)), "frog/0002.jpg", archive)
+    for name in ("0002.jpg", "0001.jpg", "0000.jpg"):
+        (frog.parent / name).unlink()
+    raises_one_line(lambda: sources.cifar10(cifar_tree), "'frog'", "only 2")
+
+
+def test_an_archive_of_something_else(tmp_path: Path):
+    (tmp_path / "train").mkdir()
+    archive = pack(tmp_path, tmp_path / "other.tar.xz")
+    raises_one_line(lambda: sources.cifar10(archive), archive, "no pictures")
+
+
+@pytest.mark.slow
+def test_cifar10_itself():
+    folder = SHARED_DATA / "cifar10_jpg"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    data = sources.load("cifar10", folder=str(folder))
+    assert np.bincount(data.train.labels).tolist() == [4500] * 10
+    assert np.bincount(data.val.labels).tolist() == [500] * 10
+    assert data.class_names[::9] == ("airplane", "truck")
+    assert names(data.val)[0] == "cifar10/train/airplane/4500.jpg"
+    # Published means of the training pixels, from before they were made JPEG.
+    pixels = np.concatenate([data.train.images, data.val.images])
+    means = pixels.mean((0, 1, 2)) / 255
+    assert means == pytest.approx((0.4914, 0.4822, 0.4465), abs=3e-4)
+    # No two pictures are one array in two places.
+    assert len({hashlib.sha256(image).digest() for image in pixels}) == 50_000
+
+
 # --- folders of pictures ---
 
 
@@ -375,6 +528,33 @@ def test_train_without_val(tmp_path: Path):
     one_tree(tmp_path / "train")
     raises_one_line(lambda: sources.image_folder(tmp_path), tmp_path / "val", tmp_path / "train")
     assert len(sources.image_folder(tmp_path / "train").train) == 48
+
+
+@pytest.mark.parametrize("one_size", [True, False])
+def test_pictures_kept_in_memory(tmp_path: Path, one_size: bool):
+    root = two_trees(tmp_path)
+    if not one_size:
+        Image.new("RGB", (9, 4), (1, 2, 3)).save(root / "train" / "dog" / "1.png")
+    expected = sources.image_folder(root)
+    data = sources.load("image_folder", folder=root, in_memory=True)
+    assert sources.fingerprint(data) == sources.fingerprint(expected)
+    assert (data.train.size, data.val.size) == ((5, 6) if one_size else None, (5, 6))
+    pictures = [expected.train[i] for i in range(9)]
+    for path in root.rglob("*.png"):
+        path.unlink()
+    for i, example in enumerate(pictures):
+        assert np.array_equal(data.train[i]["image"], example["image"])
+        assert data.train[i]["label"] == example["label"]
+        assert (data.train.file(i), expected.train.file(i).name) == (None, f"{i % 3}.png")
+    if one_size:
+        batch = data.train.batch(np.array([4, 0, 4]))
+        assert np.array_equal(batch, np.stack([pictures[i]["image"] for i in (4, 0, 4)]))
+
+
+def test_damaged_picture_is_named_when_kept_in_memory(tmp_path: Path):
+    damaged = two_trees(tmp_path) / "val" / "cat" / "y.png"
+    damaged.write_bytes(b"")
+    raises_one_line(lambda: sources.image_folder(tmp_path, in_memory=True), damaged)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture"])

@@ -10,6 +10,7 @@ from PIL import Image
 
 from convnext_jax.errors import InputError
 from convnext_jax.image import read_image, to_rgb
+from convnext_jax.image.decode import decode_image
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 
@@ -175,3 +176,15 @@ def test_odd_files():
             with pytest.raises(InputError, match=row["file"]) as error:
                 read_image(folder / row["file"])
             one_line(error)
+
+
+def test_content_of_a_file(photo, tmp_path):
+    """The same from memory; errors call it what the caller does."""
+    path = tmp_path / "photo.png"
+    photo.save(path)
+    content = path.read_bytes()
+    assert np.array_equal(decode_image(content, "it"), read_image(path))
+    for damaged, match in ((content[:60], "it cannot be decoded"), (b"text", "it is not a pic")):
+        with pytest.raises(InputError, match=match) as error:
+            decode_image(damaged, "it")
+        one_line(error)

@@ -31,6 +31,8 @@ def toy_config(**changes) -> ConfigDict:
     config.image_size = 8
     config.crop_pct = 1.0
     config.flip = 0.0
+    config.augment = ""
+    config.color_jitter = config.erase = config.mixup = config.cutmix = 0.0
     config.model.patch_size = 2
     config.model.depths = (1,)
     config.model.hidden_sizes = (16,)
@@ -56,6 +58,7 @@ def finished(tmp_path_factory):
 
 def test_run_folder_is_complete(finished):
     workdir, final = finished
+    assert "<h2>Worst mistakes</h2>" in (workdir / "report.html").read_text()
     for name in ("curves.png", "confusion_matrix.png"):
         with Image.open(workdir / name) as image:
             assert min(image.size) > 300
@@ -140,7 +143,11 @@ def test_interrupted_run_continues_where_it_was_saved(finished, tmp_path, monkey
 def test_run_that_ended_is_not_trained_again(finished, monkeypatch):
     workdir, final = finished
     before = (workdir / "metrics.jsonl").read_text()
-    stop_after(monkeypatch, 0)
+
+    def split(*_):
+        raise Stopped
+
+    monkeypatch.setattr(loop, "split", split)  # what every step starts with
     assert loop.train(toy_config(), workdir) == final
     assert (workdir / "metrics.jsonl").read_text() == before
 

@@ -1,0 +1,106 @@
+"""What a run amounts to, before it starts: its epochs in steps, its batches, its arithmetic."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import FrozenConfigDict
+
+from convnext_jax.configuration import multiply_adds
+from convnext_jax.data.sources import Dataset
+from convnext_jax.errors import InputError
+from convnext_jax.modeling import ConvNextForImageClassification
+from convnext_jax.training import recipe
+from convnext_jax.training.step import mix_group
+
+PyTree = Any
+
+
+class Plan:
+    """Epochs in steps: what follows from the settings and the number of examples."""
+
+    def __init__(self, config: FrozenConfigDict, examples: int):
+        devices = jax.local_device_count()
+        self.eval_batch_size = config.eval_batch_size or config.batch_size
+        parts = devices * config.gradient_accumulation
+        for name, size, unit, meaning in (
+            ("batch_size", config.batch_size, parts, "devices times gradient_accumulation"),
+            ("eval_batch_size", self.eval_batch_size, devices, "devices"),
+        ):
+            if size < 1 or size % unit:
+                raise InputError(f"{name} is {size}: give a multiple of {unit}, the {meaning}")
+        if config.batch_size > examples:
+            raise InputError(
+                f"batch_size is {config.batch_size} and there are {examples} training examples: "
+                "give a smaller batch_size"
+            )
+        self.mix_group = mix_group(config, config.batch_size // devices)
+        if config.batch_size // parts % self.mix_group:
+            raise InputError(
+                f"mix_group is {config.mix_group} and a device computes "
+                f"{config.batch_size // parts} examples at a time: give a divisor of that"
+            )
+        self.steps_per_epoch = examples // config.batch_size
+        self.total_steps = self._steps(config.epochs)
+        self.warmup_steps = int(config.warmup_epochs * self.steps_per_epoch)
+        self.eval_every = self._steps(config.eval_every_epochs)
+        self.checkpoint_every = self._steps(config.checkpoint_every_epochs)
+        if self.warmup_steps >= self.total_steps:
+            raise InputError(
+                f"warmup_epochs is {config.warmup_epochs} of {config.epochs} epochs in all: "
+                "give fewer"
+            )
+
+    def _steps(self, epochs: float) -> int:
+        return max(1, int(epochs * self.steps_per_epoch))
+
+
+def print_plan(
+    config: FrozenConfigDict,
+    plan: Plan,
+    dataset: Dataset,
+    model: ConvNextForImageClassification,
+    params: PyTree,
+    workdir: Path,
+) -> None:
+    """Prints what `plan` says of the run, with the network's size and the cost of a step."""
+    parameters = sum(x.size for x in jax.tree.leaves(params))
+    devices = jax.local_device_count()
+    per_picture = multiply_adds(model.config, config.image_size)
+    # A multiply-add is two operations, and the backward pass costs twice the forward one.
+    flops = 6 * per_picture * config.batch_size
+    layout = f"{devices} device(s) x {config.batch_size // devices}"
+    if config.gradient_accumulation > 1:
+        layout += f" in {config.gradient_accumulation} parts"
+    rows = {
+        "run": workdir,
+        "data": f"{config.data.name}: {len(dataset.train):,} to train on, {len(dataset.val):,} to "
+        f"evaluate, {len(dataset.class_names)} classes",
+        "network": f"{parameters:,} parameters, {config.image_size} px, {config.dtype}",
+        "arithmetic": f"{per_picture / 1e9:.3g} G multiply-adds a picture, "
+        f"{flops / 1e12:.3g} TFLOP a step",
+        "devices": f"{devices} x {jax.local_devices()[0].device_kind}",
+        "batch": f"{config.batch_size:,} in effect: {layout}",
+        "steps": f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch), of which warm-up "
+        f"{plan.warmup_steps:,}",
+        "examples": f"{plan.total_steps * config.batch_size:,} seen in {config.epochs:g} epochs",
+        "EMA": _ema_horizon(config, plan),
+    }
+    print("\n".join(f"{name:>12}  {value}" for name, value in rows.items()), flush=True)
+
+
+def _ema_horizon(config: FrozenConfigDict, plan: Plan) -> str:
+    """How far the average looks back, and what of the initial weights is in it at the end."""
+    if config.ema_decay == 0:
+        return "off"
+    left = math.prod(
+        float(recipe.average_decay(config.ema_decay, step, config.ema_warmup))
+        for step in range(min(plan.total_steps, 10_000))
+    ) * config.ema_decay ** max(plan.total_steps - 10_000, 0)
+    horizon = f"horizon {1 / (1 - config.ema_decay):,.0f} steps"
+    if left < 1e-3:
+        return horizon
+    return f"{horizon}; {left:.1%} of the initial weights are left in it at the end: see ema_warmup"
