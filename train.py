@@ -56,6 +56,8 @@ def main(argv: list[str]) -> int:
     except (flags.Error, KeyError, TypeError, ValueError, OSError) as error:
         # Of an error inside the file, which comes with its traceback, the last line.
         message = str(error).strip().splitlines()[-1]
+        if "get_config() takes 0 positional arguments" in message:
+            message = f"{config_file} has no rows: give it without :{row[0]}"
         return _complain(message.removeprefix("convnext_jax.errors.InputError: "))
 
     try:

@@ -15,9 +15,7 @@ def get_config() -> ConfigDict:
     """The settings of the run."""
     config = small_data_config()
     with config.unlocked():
-        config.data = ConfigDict(
-            {"name": "cifar10", "folder": "data/cifar10", "tune_fraction": 0.0}
-        )
+        config.data = ConfigDict({"name": "cifar10", "folder": "data/cifar10"})
     config.image_size = 32
     config.crop_pct = 1.0
     config.mean = (0.4914, 0.4822, 0.4465)

@@ -21,9 +21,7 @@ def get_config(row: str = "accelerator") -> ConfigDict:
         raise InputError(f"configs/fashion_mnist.py has no row {row!r}: it has {', '.join(ROWS)}")
     config = small_data_config()
     with config.unlocked():
-        config.data = ConfigDict(
-            {"name": "fashion_mnist", "folder": "data/fashion-mnist", "tune_fraction": 0.0}
-        )
+        config.data = ConfigDict({"name": "fashion_mnist", "folder": "data/fashion-mnist"})
     config.crop_pct = 1.0
     config.mean = config.std = (0.5, 0.5, 0.5)
     config.shift = 2

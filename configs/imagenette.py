@@ -20,7 +20,6 @@ def get_config() -> ConfigDict:
                 "name": "image_folder",
                 "folder": "data/imagenette128",
                 "in_memory": True,
-                "tune_fraction": 0.0,
             }
         )
     config.image_size = 128

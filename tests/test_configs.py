@@ -432,6 +432,8 @@ QUICK = [
     ("imagenet22k", "large"),  # computes its blocks twice
     ("finetune", "22k_base_384"),
     ("finetune_v2", "tiny"),
+    ("image_folder", "finetune"),
+    ("image_folder", "probe"),
 ]
 STEPS, CLASSES = 3, ("blue", "green", "red")
 
@@ -493,6 +495,39 @@ def starting_point(config: ConfigDict, folder: Path, classes: int) -> dict:
     return variables["params"] if classes else {"convnext": variables["params"]}
 
 
+OWN = [pair for pair in ALL if pair not in PUBLISHED]
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        pytest.param(
+            *pair, marks=[] if pair in QUICK else pytest.mark.slow, id="-".join(map(str, pair))
+        )
+        for pair in OWN
+    ],
+)
+def test_first_steps_of_our_own(name, row, pictures, tmp_path, capsys, quick_compilation):
+    config = load(name, row)
+    with config.unlocked():
+        config.data = ConfigDict({"name": "image_folder", "folder": str(pictures)})
+    is_open = not config.model.depths
+    shrink(config, pictures)
+    if is_open:
+        start = starting_point(config, tmp_path / "start", 5)
+        config.init_from = str(tmp_path / "start")
+        config.model.depths = config.model.hidden_sizes = ()
+    loop.train(config, tmp_path / "run")
+    rows = read_rows(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3]
+    assert all(0 < row.get("train/loss", 1) < 10 for row in rows)
+    if is_open:
+        _, trained = ConvNextForImageClassification.from_pretrained(tmp_path / "run" / "model")
+        stays = jax.tree.map(np.array_equal, start["convnext"], trained["params"]["convnext"])
+        assert all(jax.tree.leaves(stays)) == (row == "probe")
+        assert "a new head for 3 classes" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("name", "row"),
     [pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow) for pair in PUBLISHED],
@@ -525,6 +560,7 @@ def test_first_steps(name, row, pictures, tmp_path, capsys, quick_compilation):
     layers = {int(found) for found in re.findall(r"layer_(\d+)_decay", printed)}
     if published["layer_decay"] == 1:
         assert layers == set()
+        assert re.search(r"\bno_decay\b", printed)
     elif published["layer_decay_rule"] == "group":
         assert layers == {0, 1, 2, 3, 12, 13}
     else:

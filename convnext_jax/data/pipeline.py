@@ -31,6 +31,7 @@ from convnext_jax.image.processor import resize_rule
 # A thread makes whole batches, and decoding and resizing release the interpreter lock; beyond this
 # number the lock is what they wait for.
 _DEFAULT_THREADS = min(os.cpu_count() or 1, 16)
+_MOST_AHEAD = 8 * 2**30  # bytes of batches that wait for the accelerator
 
 
 def train_batches(
@@ -110,7 +111,7 @@ def train_batches(
             "id": indices.astype(np.int32),
         }
 
-    return _iterator(make_batch, sys.maxsize, num_threads)
+    return _iterator(make_batch, sys.maxsize, num_threads, batch_size * image_size**2 * 3)
 
 
 def eval_batches(
@@ -153,7 +154,8 @@ def eval_batches(
             "mask": np.pad(np.ones(len(indices), np.float32), pad),
         }
 
-    return _iterator(make_batch, eval_steps(len(source), batch_size, process_count), num_threads)
+    steps = eval_steps(len(source), batch_size, process_count)
+    return _iterator(make_batch, steps, num_threads, batch_size * image_size**2 * 3)
 
 
 def eval_steps(examples: int, batch_size: int, process_count: int = 1) -> int:
@@ -237,9 +239,12 @@ def _shuffled_stream(examples: int, seed: int) -> Callable[[int, int], np.ndarra
 
 
 def _iterator(
-    make_batch: Callable[[int], dict[str, np.ndarray]], batches: int, num_threads: int
+    make_batch: Callable[[int], dict[str, np.ndarray]],
+    batches: int,
+    num_threads: int,
+    batch_bytes: int,
 ) -> grain.DatasetIterator:
-    # The buffer is counted in batches, which may be large: enough that no thread waits, and little
-    # more.
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=num_threads + 2)
+    # Counted in batches, which may be large: enough that no thread waits, but no more than fits.
+    ahead = min(num_threads + 2, max(2, _MOST_AHEAD // batch_bytes))
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
     return iter(grain.MapDataset.range(batches).map(make_batch).to_iter_dataset(options))

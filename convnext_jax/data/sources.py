@@ -499,7 +499,9 @@ def stratified_split(
 
 def existing_folder(folder: str | os.PathLike[str]) -> Path:
     if not str(folder):
-        raise InputError("the data's folder is not set: give --config.data.folder=FOLDER")
+        raise InputError(
+            "no folder of the data is named: give one (train.py: --config.data.folder=FOLDER)"
+        )
     root = Path(folder).expanduser()
     if not root.exists():
         raise InputError(f"{root}: no such folder; check the path of the data")

@@ -23,7 +23,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 40  # margins around the plot
 _MAX_POINTS = 800  # of a curve: more than there are pixels for
 _MAX_MARKED = 60  # points up to which each has a dot
 _MAX_TOUCHED = 200  # points of a curve that tell their value
-_MAX_CELLS = 250  # cells a side beyond which a single one could not be seen
+MAX_CELLS = 250  # cells a side beyond which a single one could not be seen
 
 
 class Curve(NamedTuple):
@@ -275,7 +275,7 @@ def shorten(name: str, length: int) -> str:
 def _confusion_picture(
     rows: np.ndarray, columns: np.ndarray, shares: np.ndarray, classes: int
 ) -> str:
-    block = -(-classes // _MAX_CELLS)
+    block = -(-classes // MAX_CELLS)
     cells = -(-classes // block)
     depth = np.zeros((2, cells, cells))  # of the right ones, and of the wrong ones
     np.maximum.at(depth, ((rows != columns).astype(int), rows // block, columns // block), shares)

@@ -21,9 +21,12 @@ def default_config() -> ConfigDict:
 
     # Arguments of `convnext_jax.data.sources.load`; each data set has its own.
     config.data = ConfigDict({"name": "digits"})
+    config.tune_fraction = 0.0  # share of the training part that replaces val, to tune on
+    config.tune_seed = 0  # which share
 
     # Fields of ConvNextConfig. The number of classes and their names come from the data. With
-    # `init_from`, depths of () take the whole network from there, all but its drop path.
+    # `init_from` the network comes from there, all but its drop path: type, patch size, depths and
+    # widths must agree, unless the depths are (), which take what there is.
     config.model = ConfigDict(
         {
             "model_type": "convnext",
@@ -51,7 +54,7 @@ def default_config() -> ConfigDict:
     config.std = (0.229, 0.224, 0.225)
     config.crop_scale = (0.08, 1.0)  # area of the random crop, as a share of the picture
     config.crop_ratio = (3 / 4, 4 / 3)  # its width over its height
-    config.shift = 0  # instead of that crop, shift by up to so many pixels, reflecting; 0: do not
+    config.shift = 0  # not 0: no crop, but a shift by up to so many pixels, reflecting
     config.flip = 0.5  # probability of a horizontal flip
     config.augment = "rand-m9-mstd0.5-inc1"  # RandAugment as timm spells it, "three", or "": none
     config.color_jitter = 0.4  # strength; acts where `augment` is not RandAugment
@@ -60,7 +63,7 @@ def default_config() -> ConfigDict:
     config.cutmix = 1.0  # the same for cutmix
     config.mix_prob = 1.0  # probability that a group is mixed at all
     config.mix_switch_prob = 0.5  # probability of cutmix where both are on
-    config.mix_group = 128  # examples that share one draw, at most those of one device
+    config.mix_group = 128  # examples that share one draw, at most a part of a device's batch
     config.crop_pct = 0.875  # evaluation: the centre kept after resizing; from 384 px on, all is
 
     config.batch_size = 4096  # of an optimizer step: over all devices and accumulated parts
@@ -125,10 +128,15 @@ def check(config: FrozenConfigDict) -> None:
     """
     triple = "three numbers"
     rules = {
-        "seed": (config.seed >= 0, "0 or more"),
+        "seed": (0 <= config.seed < 2**32, "0 to below 2**32"),
+        "tune_fraction": (0 <= config.tune_fraction < 1, "0 to below 1"),
+        "head_init_scale": (config.head_init_scale >= 0, "0 or more"),
         "dtype": (config.dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
         "image_size": (config.image_size > 0, "more than 0"),
-        "mean": (len(config.mean) == 3, triple),
+        "mean": (
+            len(config.mean) == 3 and all(0 <= x <= 1 for x in config.mean),
+            triple + " from 0 to 1",
+        ),
         "std": (len(config.std) == 3 and all(x > 0 for x in config.std), triple + " above 0"),
         "crop_scale": (_is_range(config.crop_scale, 1), "(low, high) with 0 < low <= high <= 1"),
         "crop_ratio": (_is_range(config.crop_ratio), "(low, high) with 0 < low <= high"),
@@ -145,6 +153,8 @@ def check(config: FrozenConfigDict) -> None:
         "epochs": (config.epochs > 0, "more than 0"),
         "warmup_epochs": (config.warmup_epochs >= 0, "0 or more"),
         "learning_rate": (config.learning_rate >= 0, "0 or more"),
+        "min_learning_rate": (config.min_learning_rate >= 0, "0 or more"),
+        "adam_eps": (config.adam_eps > 0, "more than 0"),
         "learning_rate_batch": (config.learning_rate_batch >= 0, "0 or more"),
         "gradient_accumulation": (config.gradient_accumulation > 0, "1 or more"),
         "weight_decay": (config.weight_decay >= 0, "0 or more"),

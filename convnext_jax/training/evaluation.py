@@ -77,7 +77,7 @@ def score(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Scores:
     sums = {
         "loss": (losses * mask).sum(),
         "top1": ((rank < 1) * mask).sum(),
-        "top5": ((rank < 5) * mask).sum(),
+        "top5": (((rank < 5) & ~jnp.isnan(right[:, 0])) * mask).sum(),
     }
     examples = {
         "loss": losses,
@@ -195,10 +195,19 @@ def evaluate(
     return {name: gather(scores) for name, scores in outputs.items()}
 
 
-def split(batch: dict[str, np.ndarray], devices: int | None) -> dict[str, np.ndarray]:
-    """What the step reads of a batch; with a leading axis over the devices, unless None."""
-    return {
-        name: value if devices is None else value.reshape(devices, -1, *value.shape[1:])
-        for name, value in batch.items()
-        if name in ("image", "label", "mask")
-    }
+def split(
+    batch: dict[str, np.ndarray], devices: int | None, parts: int = 1
+) -> dict[str, np.ndarray]:
+    """What the step reads of a batch; with a leading axis over the devices, unless None.
+
+    A batch that is accumulated in `parts` is cut into these first, and then each part over the
+    devices, so that a part has the same examples whatever the number of devices.
+    """
+
+    def cut(value: np.ndarray) -> np.ndarray:
+        if devices is None:
+            return value
+        rows = value.reshape(parts, devices, -1, *value.shape[1:])
+        return rows.swapaxes(0, 1).reshape(devices, -1, *value.shape[1:])
+
+    return {name: cut(batch[name]) for name in ("image", "label", "mask") if name in batch}

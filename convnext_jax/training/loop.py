@@ -62,7 +62,9 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     """
     config, workdir = FrozenConfigDict(config), Path(workdir)
     check(config)
-    dataset = sources.load(**config.data)
+    dataset = sources.load(
+        **config.data, tune_fraction=config.tune_fraction, tune_seed=config.tune_seed
+    )
     plan = Plan(config, len(dataset.train))
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     model, params = initial_model(config, dataset.class_names, init_key)
@@ -107,8 +109,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     )
     _open_workdir(workdir, config, sources.fingerprint(dataset))
     print_plan(config, plan, dataset, model, state.params, workdir)
-    if config.layer_decay < 1 or config.freeze_backbone:
-        print(recipe.group_table(state.params, weight_decay=config.weight_decay, **groups))
+    print(recipe.group_table(state.params, weight_decay=config.weight_decay, **groups))
 
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -176,7 +177,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             batch = next(batches)
             if config.log_example_ids:
                 writer.write_examples(step, batch["id"].tolist())
-            state, metrics = p_train_step(state, split(batch, len(devices)), step_key)
+            parts = split(batch, len(devices), config.gradient_accumulation)
+            state, metrics = p_train_step(state, parts, step_key)
             if pending is not None:
                 write_step(*pending)
             pending = step, metrics

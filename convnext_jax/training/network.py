@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import FrozenConfigDict
 
 from convnext_jax.configuration import ConvNextConfig
 from convnext_jax.convert import convert
 from convnext_jax.errors import InputError
+from convnext_jax.image import ConvNextImageProcessor
 from convnext_jax.modeling import ConvNextForImageClassification
 from convnext_jax.training import recipe
 
@@ -70,11 +72,20 @@ def initial_model(
                 image_size=config.image_size,
                 drop_path_rate=config.model.drop_path_rate,
             )
+        processor = ConvNextImageProcessor.from_pretrained(folder)
     params = variables["params"]
-    print(
-        f"{config.init_from}: weights of {made.publisher}, {made.classes} classes; "
-        + ("its head is kept" if has_head else f"a new head for {len(class_names)} classes")
-    )
-    if not has_head:
+    for remark in made.remarks:
+        print(f"{config.init_from}: {remark}")
+    if not np.allclose([*processor.image_mean, *processor.image_std], [*config.mean, *config.std]):
+        print(
+            f"{config.init_from}: was trained on pictures of mean {processor.image_mean} and std "
+            f"{processor.image_std}, which these settings do not have: see mean and std"
+        )
+    said = f"{config.init_from}: weights of {made.publisher}, {made.classes} classes; "
+    if has_head:
+        theirs, ours = made.model.config.id2label.get(0), class_names[0]
+        print(said + f"its head is kept; its first class is {theirs!r}, that of the data {ours!r}")
+    else:
+        print(said + f"a new head for {len(class_names)} classes")
         params = recipe.scale_head(params, config.head_init_scale)
     return ConvNextForImageClassification(loaded.config, **options), params

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import FrozenConfigDict
 
 from convnext_jax.configuration import multiply_adds
@@ -14,6 +15,7 @@ from convnext_jax.data.sources import Dataset
 from convnext_jax.errors import InputError
 from convnext_jax.modeling import ConvNextForImageClassification
 from convnext_jax.training import recipe
+from convnext_jax.training.config import peak_learning_rate
 from convnext_jax.training.step import mix_group
 
 PyTree = Any
@@ -70,8 +72,10 @@ def print_plan(
     parameters = sum(x.size for x in jax.tree.leaves(params))
     devices = jax.local_device_count()
     per_picture = multiply_adds(model.config, config.image_size)
-    # A multiply-add is two operations, and the backward pass costs twice the forward one.
-    flops = 6 * per_picture * config.batch_size
+    # A multiply-add is two operations; the backward pass costs twice the forward one, and with
+    # remat the forward one is made twice.
+    passes = 1 if config.freeze_backbone else 4 if config.remat else 3
+    flops = 2 * passes * per_picture * config.batch_size
     layout = f"{devices} device(s) x {config.batch_size // devices}"
     if config.gradient_accumulation > 1:
         layout += f" in {config.gradient_accumulation} parts"
@@ -86,6 +90,7 @@ def print_plan(
         "batch": f"{config.batch_size:,} in effect: {layout}",
         "steps": f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch), of which warm-up "
         f"{plan.warmup_steps:,}",
+        "rate": f"{peak_learning_rate(config):g} at its peak",
         "examples": f"{plan.total_steps * config.batch_size:,} seen in {config.epochs:g} epochs",
         "EMA": _ema_horizon(config, plan),
     }
@@ -96,10 +101,8 @@ def _ema_horizon(config: FrozenConfigDict, plan: Plan) -> str:
     """How far the average looks back, and what of the initial weights is in it at the end."""
     if config.ema_decay == 0:
         return "off"
-    left = math.prod(
-        float(recipe.average_decay(config.ema_decay, step, config.ema_warmup))
-        for step in range(min(plan.total_steps, 10_000))
-    ) * config.ema_decay ** max(plan.total_steps - 10_000, 0)
+    decays = recipe.average_decay(config.ema_decay, jnp.arange(plan.total_steps), config.ema_warmup)
+    left = np.prod(np.broadcast_to(np.asarray(decays, np.float64), plan.total_steps))
     horizon = f"horizon {1 / (1 - config.ema_decay):,.0f} steps"
     if left < 1e-3:
         return horizon

@@ -317,21 +317,6 @@ def update_average(average: PyTree, params: PyTree, decay: jax.Array | float) ->
 # Losses ------------------------------------------------------------------------------------------
 
 
-def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
-    """Cross entropy of each example against its smoothed label.
-
-    Args:
-      logits: (batch, classes); computed in at least f32.
-      labels: (batch,) ints.
-      smoothing: share of the target spread evenly over all classes, the right one included.
-
-    Returns:
-      (batch,) of at least f32.
-    """
-    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=_wide(logits))
-    return soft_cross_entropy(logits, optax.smooth_labels(one_hot, smoothing))
-
-
 def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross entropy of each example against a distribution over the classes.
 

@@ -38,9 +38,6 @@ _VAL = {  # key prefix in the metrics: name and style
     "val_ema": ("EMA weights", {"color": _ORANGE, "linestyle": "--", "marker": "s"}),
 }
 
-_MAX_NUMBERED = 20  # classes up to which every cell of a confusion matrix holds its count
-_MAX_NAMED = 50  # classes up to which the axes name them
-_MAX_CELLS = 250  # cells a side beyond which a single one could not be seen
 _MAX_NAME = 22  # characters of a class name that fit beside an axis
 
 _MISTAKES = 24  # pictures of them in a report
@@ -529,12 +526,12 @@ def plot_confusion_matrix(
     total, right = int(examples.sum()), int(np.trace(matrix))
     names = [shorten(name, _MAX_NAME) for name in class_names]
 
-    height = float(np.clip(0.45 * classes + 2.2, 5, 11)) if classes <= _MAX_NAMED else 8.5
+    height = float(np.clip(0.45 * classes + 2.2, 5, 11)) if classes <= charts.MAX_NAMED else 8.5
     figure = Figure(figsize=(height * 1.45, height), layout="constrained")
     accuracy = f"{right:,} of {total:,} right ({right / total:.2%})" if total else "no examples"
     figure.suptitle(f"{title}: {accuracy}", fontsize=14, parse_math=False)
 
-    if classes <= _MAX_NAMED:
+    if classes <= charts.MAX_NAMED:
         axes = figure.subplot_mosaic([["cells", "recall"]], width_ratios=(3, 1))
         _name_axes(axes["cells"], names)
         _draw_recall_bars(axes["recall"], recall, examples)
@@ -544,9 +541,9 @@ def plot_confusion_matrix(
         )
         _draw_recall_curve(axes["recall"], recall)
         _list_worst(axes["worst"], matrix, recall, names)
-    if classes <= _MAX_NUMBERED:
+    if classes <= charts.MAX_NUMBERED:
         _number_cells(axes["cells"], matrix, share)
-    block = -(-classes // _MAX_CELLS)
+    block = -(-classes // charts.MAX_CELLS)
     picture = axes["cells"].imshow(
         _block_maximum(share, block),
         cmap="Blues",

@@ -4,6 +4,7 @@ The model has an axis name or None. With it, a device sees its part of the batch
 joined over the axis; without it, the same function runs on one device or under `jax.jit`. What is
 random is drawn for the whole batch from `fold_in(key, step)` and each device takes its part, so a
 run depends on the number of devices by the order of its sums alone, and needs no saved RNG state.
+(A device must hold a whole group of what is mixed together: see `mix_group`.)
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ def train_step(
     rows = {
         "image": batch["image"],
         "label": batch["label"],
-        "image_key": _own_keys(image_key, local, axis_name),
-        "group_key": _own_keys(group_key, local // group, axis_name),
+        "image_key": _own_keys(image_key, local, parts, axis_name),
+        "group_key": _own_keys(group_key, local // group, parts, axis_name),
     }
 
     def loss_of(params: PyTree, part: Batch, drop_path_key: jax.Array):
@@ -185,5 +186,10 @@ def mix_group(config: FrozenConfigDict, local: int) -> int:
     return min(config.mix_group, part) if is_mixed else part
 
 
-def _own_keys(key: jax.Array, local: int, axis_name: str | None) -> jax.Array:
-    return ops.own_part(lambda n: jax.random.split(key, n), local, axis_name)
+def _own_keys(key: jax.Array, local: int, parts: int, axis_name: str | None) -> jax.Array:
+    """Keys for what this device has of a batch, one part after the other."""
+
+    def of_part(key: jax.Array) -> jax.Array:
+        return ops.own_part(lambda n: jax.random.split(key, n), local // parts, axis_name)
+
+    return jax.vmap(of_part)(jax.random.split(key, parts)).reshape(-1)

@@ -49,6 +49,9 @@ def test_layouts_that_do_not_work_are_refused(changes, message):
         ({"augment": "rand-m9-mstd0.5-inc1-zz"}, "zz"),
         ({"mixup": -0.1}, "mixup is -0.1"),
         ({"erase": 2.0}, "erase is 2.0"),
+        ({"mean": (1.2, 0.5, 0.5)}, "mean is"),
+        ({"seed": 2**64}, "seed is"),
+        ({"tune_fraction": 1.0}, "tune_fraction is 1.0"),
         ({"layer_decay": 0.0, "init_from": "x"}, "layer_decay is 0.0"),
         ({"layer_decay": 0.8}, "init_from is not set"),
         ({"freeze_backbone": True}, "init_from is not set"),
@@ -79,6 +82,7 @@ def test_what_is_printed(capsys, tmp_path):
     said = capsys.readouterr().out
     for part in (
         "64 in effect",
+        "0.004 at its peak",
         "220 (22 an epoch), of which warm-up 22",
         "14,080 seen in 10 epochs",
         "21 parameters",

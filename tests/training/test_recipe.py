@@ -9,6 +9,7 @@ import pytest
 from convnext_jax import ConvNextConfig, ConvNextForImageClassification
 from convnext_jax.configuration import PRESETS
 from convnext_jax.errors import InputError
+from convnext_jax.image.mixing import soft_targets
 from convnext_jax.training import recipe
 
 
@@ -405,7 +406,8 @@ def test_smoothed_cross_entropy_equals_the_definition(smoothing):
     right = log_probabilities[np.arange(4), labels]
     # As in timm's LabelSmoothingCrossEntropy: the rest of the confidence on the mean of all.
     expected = -((1 - smoothing) * right + smoothing * log_probabilities.mean(1))
-    actual = recipe.smoothed_cross_entropy(jnp.asarray(logits), jnp.asarray(labels), smoothing)
+    targets = soft_targets(jnp.asarray(labels), 5, smoothing)
+    actual = recipe.soft_cross_entropy(jnp.asarray(logits), targets)
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 

@@ -68,8 +68,13 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-def losses_on(devices: int) -> list[float]:
-    """The losses of 12 steps of a toy run with all that is random, on so many devices."""
+def losses_on(devices: int, parts: int) -> list[float]:
+    """The losses of 12 steps of a toy run with drop path and mixing, on so many devices.
+
+    Batches of one part also have all other augmentation.
+    """
+    changes = {} if parts == 1 else {**PLAIN, "mixup": 0.8}
+    config = toy_config(gradient_accumulation=parts, **changes)
     model = toy_model(axis_name="batch")
     state, optimizer = start(model, recipe.warmup_cosine(1e-2, 3, 12))
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("batch",))
@@ -79,7 +84,7 @@ def losses_on(devices: int) -> list[float]:
     )
     step = jax.pmap(
         lambda state, batch, key: train_step(
-            state, batch, key, model=model, optimizer=optimizer, config=CONFIG
+            state, batch, key, model=model, optimizer=optimizer, config=config
         ),
         axis_name="batch",
         in_axes=(None, 0, None),
@@ -88,12 +93,13 @@ def losses_on(devices: int) -> list[float]:
     )
     losses = []
     for i in range(12):
-        state, metrics = step(state, split(toy_batch(i, 16), devices), jax.random.key(2))
+        state, metrics = step(state, split(toy_batch(i, 16), devices, parts), jax.random.key(2))
         losses.append(float(metrics["loss"]))
     return losses
 
 
-def test_number_of_devices_does_not_matter():
+@pytest.mark.parametrize(("devices", "parts"), [(4, 1), (2, 2)])
+def test_number_of_devices_does_not_matter(devices, parts):
     """Each number in a process of its own, since devices are counted once a process."""
     environment = {
         **os.environ,
@@ -102,13 +108,14 @@ def test_number_of_devices_does_not_matter():
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "PYTHONPATH": str(Path(__file__).parent),
     }
-    program = "import json, test_step as t; print(json.dumps([t.losses_on(n) for n in (1, 4)]))"
+    runs = f"[t.losses_on(n, {parts}) for n in (1, {devices})]"
+    program = f"import json, test_step as t; print(json.dumps({runs}))"
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
-    one, four = json.loads(done.stdout.splitlines()[-1])
+    one, several = json.loads(done.stdout.splitlines()[-1])
     assert len(set(one)) == 12
-    np.testing.assert_allclose(four, one, rtol=1e-5)
+    np.testing.assert_allclose(several, one, rtol=1e-5)
 
 
 def test_step_without_an_axis_equals_the_mapped_one():
