@@ -4,6 +4,10 @@
 
 FOLDER holds `train/<class>/*.jpg`, 5,000 pictures of each class, the last 500 of which are kept for
 validation.
+
+On a tenth of the training part, held out to choose settings: 92.8 % (EMA 92.7 %) after 150 epochs
+on the rest, in 274 s on one H200. The 200 epochs on all of it have not been run yet, nor have the
+pictures kept for validation been looked at.
 """
 
 from ml_collections import ConfigDict

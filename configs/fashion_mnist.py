@@ -5,6 +5,10 @@ downloaded:
 
     python train.py --config configs/fashion_mnist.py --config.data.folder=FOLDER
     python train.py --config configs/fashion_mnist.py:laptop --config.data.folder=FOLDER
+
+Measured on a tenth of the training part, held out to choose settings: the laptop's row 89.93 %
+after 9 epochs, in 7 min 10 s on two CPU cores. The other row has not been measured yet, and neither
+has seen the test pictures.
 """
 
 from ml_collections import ConfigDict
@@ -34,10 +38,12 @@ def get_config(row: str = "accelerator") -> ConfigDict:
         config.model.depths = (2, 2)
         config.model.hidden_sizes = (48, 96)
         config.model.drop_path_rate = 0.0
-        config.erase = config.mixup = config.cutmix = 0.0
-        config.batch_size = 128
-        config.learning_rate = 8e-3  # for 512: a quarter of it is used
-        config.epochs = 6.0
+        config.erase = config.mixup = config.cutmix = config.label_smoothing = 0.0
+        config.shift = 1
+        config.batch_size = 64
+        config.learning_rate = 8e-3  # for 512: an eighth of it is used
+        config.weight_decay = 0.05
+        config.epochs = 10.0
         config.warmup_epochs = 0.5
         config.ema_decay = 0.99
         config.eval_batch_size = 500
