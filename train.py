@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         # Of an error inside the file, which comes with its traceback, the last line.
         message = str(error).strip().splitlines()[-1]
         if "get_config() takes 0 positional arguments" in message:
-            message = f"{config_file} has no rows: give it without :{row[0]}"
+            message = "this configuration has no rows: leave out the colon and what follows it"
         return _complain(message.removeprefix("convnext_jax.errors.InputError: "))
 
     try:

@@ -343,6 +343,10 @@ def test_the_command_line_takes_a_row_and_names_the_rows(tmp_path):
     assert text.count("\n") == 1
     assert "there is no row 'bas'" in text
     assert "Traceback" not in text
+    code, text = train("--config", "configs/cifar10.py:tiny")
+    assert code == 2
+    assert "no rows" in text
+    assert text.count("\n") == 1
     code, text = train("--config", "configs/imagenet1k.py:base", "--config.data.folder=nowhere")
     assert code == 2
     assert "nowhere" in text
