@@ -8,7 +8,7 @@ import pytest
 from convnext_jax import InputError
 from convnext_jax.ops import depthwise_conv
 
-IMPLEMENTATIONS = ["plain", "shifted", None]
+IMPLEMENTATIONS = ["plain", "shifted", "toeplitz", None]
 SHAPES = [
     ((2, 9, 8, 3), (7, 7)),
     ((1, 2, 3, 4), (7, 7)),  # maps smaller than the kernel
@@ -16,6 +16,7 @@ SHAPES = [
     ((1, 6, 7, 2), (3, 5)),
     ((1, 6, 7, 2), (1, 1)),
     ((1, 6, 7, 1), (9, 3)),
+    ((32, 3, 4, 2), (7, 7)),  # enough examples for the default to multiply matrices on a CPU
 ]
 
 
@@ -138,7 +139,7 @@ def test_forward_mode_is_for_the_plain_form():
         )
 
     np.testing.assert_allclose(run("plain")[1], definition(direction, kernel), rtol=0, atol=1e-5)
-    for implementation in ("shifted", None):
+    for implementation in ("shifted", "toeplitz", None):
         with pytest.raises(TypeError, match="forward-mode"):
             run(implementation)
 
@@ -152,5 +153,36 @@ def test_a_kernel_of_another_shape(shape):
 
 
 def test_an_unknown_implementation():
-    with pytest.raises(InputError, match=r"'fast'.*'plain'"):
+    with pytest.raises(InputError, match=r"'fast'.*'plain', 'shifted', 'toeplitz'"):
         depthwise_conv(jnp.zeros((1, 8, 8, 4)), jnp.zeros((7, 7, 1, 4)), implementation="fast")
+
+
+@pytest.mark.parametrize(
+    ("platform", "shape", "chosen"),
+    [
+        ("cpu", (32, 8, 8, 4), "toeplitz"),
+        ("cpu", (31, 8, 8, 4), "shifted"),
+        ("cpu", (32, 8, 9, 4), "shifted"),
+        ("cuda", (16, 8, 8, 4), "toeplitz"),
+        ("cuda", (15, 8, 8, 4), "plain"),
+        ("cuda", (16, 8, 9, 4), "plain"),
+        ("tpu", (32, 8, 8, 4), "plain"),
+        ("rocm", (32, 8, 8, 4), "plain"),
+    ],
+)
+def test_what_the_default_takes(platform, shape, chosen):
+    """By the operations that each form alone is made of."""
+
+    def run(x, kernel):
+        y, pull = jax.vjp(depthwise_conv, x, kernel)
+        return y, pull(y)
+
+    traced = jax.jit(run).trace(jnp.zeros(shape), jnp.zeros((7, 7, 1, shape[-1])))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    held = {op for op in ("stablehlo.convolution", "stablehlo.dot_general") if op in text}
+    expected = {
+        "plain": {"stablehlo.convolution"},
+        "shifted": set(),
+        "toeplitz": {"stablehlo.dot_general"},
+    }
+    assert held == expected[chosen]
