@@ -77,6 +77,7 @@ def default_config() -> ConfigDict:
     config.weight_decay_end = config_dict.placeholder(float)  # a cosine leads there; None: constant
     config.layer_decay = 1.0  # learning rate of a layer over that of the layer above it
     config.layer_decay_rule = "group"  # the paper's twelve groups, or "single": each block is one
+    config.muon = False  # move the MLPs' kernels by Muon, not AdamW: for training from scratch
     config.adam_betas = (0.9, 0.999)
     config.adam_eps = 1e-8
     config.gradient_clip = 0.0  # largest global norm; 0 does not clip
@@ -107,7 +108,8 @@ def small_data_config() -> ConfigDict:
     config.batch_size = 512
     config.learning_rate = 6e-3
     config.learning_rate_batch = 512
-    config.weight_decay = 0.2
+    config.weight_decay = 0.4
+    config.muon = True
     config.mix_prob = 0.5
     config.ema_decay = 0.999
     config.ema_warmup = True

@@ -78,6 +78,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         "layer_decay": config.layer_decay,
         "layer_decay_rule": config.layer_decay_rule,
         "freeze_backbone": config.freeze_backbone,
+        "muon": config.muon,
     }
     optimizer = recipe.optimizer(
         params,

@@ -1,7 +1,8 @@
 """The paper's recipe in small pure functions: schedules, groups, optimizer, averaged weights, loss.
 
 After `main.py`, `engine.py`, `optim_factory.py` and `utils.py` of facebookresearch/ConvNeXt, and,
-for the layer rule "single", `optim_factory.py` of facebookresearch/ConvNeXt-V2.
+for the layer rule "single", `optim_factory.py` of facebookresearch/ConvNeXt-V2. Not the paper's is
+Muon, which the settings for small data use.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ PyTree = Any
 # 11, the last stage has 12, and what follows the stages 13.
 LAYER_RULES = ("group", "single")
 GROUP_STAGES, GROUP_DEPTH, GROUP_LAST_ID = 4, 27, 13
+
+MUON_MOMENTUM = 0.95
+# The root mean square of Muon's step before the learning rate multiplies it: that which AdamW's
+# comes to have, so that both go by one learning rate (Liu et al., arXiv:2502.16982, who have 0.2).
+MUON_RMS = 0.4
 
 
 # Schedules, by optimizer step counted from 0 -----------------------------------------------------
@@ -134,6 +140,7 @@ def group_table(
     layer_decay: float = 1.0,
     layer_decay_rule: str = "group",
     freeze_backbone: bool = False,
+    muon: bool = False,
 ) -> str:
     """The groups of the optimizer as a table to print, one a line, from the stem to the head.
 
@@ -145,15 +152,16 @@ def group_table(
     ids = layer_ids(params, layer_decay_rule) if has_layers else jax.tree.map(lambda _: 0, params)
     columns = [
         jax.tree.leaves(trained(tree, freeze_backbone))
-        for tree in (ids, decays(params), scales, params)
+        for tree in (ids, decays(params), moved_by_muon(params, muon), scales, params)
     ]
-    groups: dict[tuple[int, bool, float], list[int]] = {}
-    for id_, decay, scale, parameter in zip(*columns, strict=True):
-        groups.setdefault((id_, not decay, scale), []).append(math.prod(parameter.shape))
+    groups: dict[tuple[int, bool, bool, float], list[int]] = {}
+    for id_, decay, by_muon, scale, parameter in zip(*columns, strict=True):
+        groups.setdefault((id_, not decay, by_muon, scale), []).append(math.prod(parameter.shape))
 
     rows = [("group", "learning rate x", "weight decay", "tensors", "parameters")]
-    for (id_, without, scale), sizes in sorted(groups.items()):
+    for (id_, without, by_muon, scale), sizes in sorted(groups.items()):
         name = (f"layer_{id_}_" if has_layers else "") + ("no_decay" if without else "decay")
+        name += "_muon" if by_muon else ""
         decay = 0.0 if without else weight_decay
         rows.append((name, f"{scale:.6g}", f"{decay:g}", str(len(sizes)), f"{sum(sizes):,}"))
     frozen = params["convnext"] if freeze_backbone else {}
@@ -172,6 +180,15 @@ def group_table(
 def trained(tree: PyTree, freeze_backbone: bool) -> PyTree:
     """The part of a tree of parameters that training changes: all, or the classifier alone."""
     return {"classifier": tree["classifier"]} if freeze_backbone else tree
+
+
+def moved_by_muon(params: PyTree, muon: bool = True) -> PyTree:
+    """True for each parameter that Muon moves, if it is used: the two kernels of each MLP."""
+
+    def is_moved(path: tuple[Any, ...], _: Any) -> bool:
+        return muon and path[-1].key == "kernel" and path[-2].key in ("pwconv1", "pwconv2")
+
+    return jax.tree_util.tree_map_with_path(is_moved, params)
 
 
 def scale_head(params: PyTree, scale: float) -> PyTree:
@@ -222,6 +239,7 @@ def optimizer(
     layer_decay: float = 1.0,
     layer_decay_rule: str = "group",
     freeze_backbone: bool = False,
+    muon: bool = False,
 ) -> optax.GradientTransformation:
     """AdamW as `torch.optim.AdamW` has it, with the paper's groups of parameters.
 
@@ -242,10 +260,15 @@ def optimizer(
       layer_decay_rule: see `layer_ids`.
       freeze_backbone: only `params["classifier"]` has moments and moves; the updates of the rest
         are zeros.
+      muon: the kernels of the MLPs go by Muon (Jordan et al., 2024, "Muon: an optimizer for hidden
+        layers in neural networks"): by their gradients' momentum, looking one step ahead as
+        Nesterov has it, made orthogonal and scaled to the root mean square `MUON_RMS`. Learning
+        rate, layer scale and decay act as in AdamW.
 
     Returns:
       A transformation whose `update` needs the parameters. Its state is optax's
-      `ScaleByAdamState`, with moments in the dtypes of the parameters.
+      `ScaleByAdamState`, with moments in the dtypes of the parameters; what Muon moves has no
+      second moment, but a scalar 0 in its place.
 
     Raises:
       InputError: for a rule that does not fit the network.
@@ -255,10 +278,14 @@ def optimizer(
     beta1, beta2 = betas
 
     def init(params: PyTree) -> optax.ScaleByAdamState:
-        zeros = optax.tree.zeros_like(trained(params, freeze_backbone))
-        return optax.ScaleByAdamState(
-            jnp.zeros((), jnp.int32), zeros, jax.tree.map(jnp.copy, zeros)
+        moving = trained(params, freeze_backbone)
+        mu = optax.tree.zeros_like(moving)
+        nu = jax.tree.map(
+            lambda m, by_muon: jnp.zeros(() if by_muon else m.shape, m.dtype),
+            mu,
+            moved_by_muon(moving, muon),
         )
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(
         gradients: PyTree, state: optax.ScaleByAdamState, params: PyTree
@@ -268,17 +295,32 @@ def optimizer(
         if gradient_clip > 0:
             shrink = jnp.minimum(1, gradient_clip / (optax.tree.norm(own) + 1e-6))
             own = jax.tree.map(lambda g: g * shrink, own)
-        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, own)
-        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * jnp.square(g), state.nu, own)
+        by_muon = moved_by_muon(moving, muon)
         correction1, correction2 = _correction(beta1, count), _correction(beta2, count)
 
-        def move(m: jax.Array, v: jax.Array, p: jax.Array, scale: float, decays: bool) -> jax.Array:
-            direction = m / correction1 / (jnp.sqrt(v / correction2) + eps)
-            if decays:
-                direction += decay * p
-            return (-rate * scale * direction).astype(p.dtype)
+        def follow(m: jax.Array, g: jax.Array, by_muon: bool) -> jax.Array:
+            beta = MUON_MOMENTUM if by_muon else beta1
+            return beta * m + (1 - beta) * g
 
-        updates = jax.tree.map(move, mu, nu, moving, scales, decays(moving))
+        def follow_square(v: jax.Array, g: jax.Array, by_muon: bool) -> jax.Array:
+            return v if by_muon else beta2 * v + (1 - beta2) * jnp.square(g)
+
+        def direct(m: jax.Array, v: jax.Array, g: jax.Array, by_muon: bool) -> jax.Array:
+            if by_muon:
+                return follow(m, g, by_muon)
+            return m / correction1 / (jnp.sqrt(v / correction2) + eps)
+
+        def move(d: jax.Array, p: jax.Array, scale: float, decays: bool) -> jax.Array:
+            if decays:
+                d += decay * p
+            return (-rate * scale * d).astype(p.dtype)
+
+        mu = jax.tree.map(follow, state.mu, own, by_muon)
+        nu = jax.tree.map(follow_square, state.nu, own, by_muon)
+        directions = jax.tree.map(direct, mu, nu, own, by_muon)
+        if muon:
+            directions = _orthogonalize_some(directions, by_muon)
+        updates = jax.tree.map(move, directions, moving, scales, decays(moving))
         if freeze_backbone:
             updates = {**optax.tree.zeros_like(params), **updates}
         return updates, optax.ScaleByAdamState(count, mu, nu)
@@ -291,6 +333,39 @@ def _correction(beta: float, count: jax.Array) -> jax.Array:
     if beta == 0:
         return jnp.ones((), float)
     return -jnp.expm1(jnp.asarray(count, float) * math.log(beta))
+
+
+def _orthogonalize_some(matrices: PyTree, which: PyTree) -> PyTree:
+    """Some leaves made orthogonal and brought to the root mean square `MUON_RMS`.
+
+    Those of one shape are stacked: a network of equal blocks then takes few products.
+    """
+    leaves, tree = jax.tree.flatten(matrices)
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, (leaf, is_meant) in enumerate(zip(leaves, jax.tree.leaves(which), strict=True)):
+        if is_meant:
+            places.setdefault(leaf.shape, []).append(place)
+    for shape, same in places.items():
+        done = orthogonalize(jnp.stack([leaves[place] for place in same]))
+        for place, matrix in zip(same, done * (MUON_RMS * math.sqrt(max(shape))), strict=True):
+            leaves[place] = matrix
+    return tree.unflatten(leaves)
+
+
+def orthogonalize(matrices: jax.Array) -> jax.Array:
+    """Matrices (..., rows, columns) with their singular values brought to between 0.68 and 1.21.
+
+    By five steps of Newton and Schulz's iteration, with the coefficients of Jordan et al. (2024),
+    which are quick rather than exact. Singular values below two thousandths of the Frobenius norm
+    may stay smaller; zeros stay zeros.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.swapaxes(-1, -2) if tall else matrices  # the smaller square is the cheaper one
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.swapaxes(-1, -2)
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x.swapaxes(-1, -2) if tall else x
 
 
 # Averaged weights --------------------------------------------------------------------------------

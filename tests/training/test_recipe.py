@@ -259,6 +259,17 @@ def test_the_table_without_layers_and_with_a_frozen_backbone(base):
     ]  # fmt: skip
 
 
+def test_the_table_tells_what_muon_moves(base):
+    table = recipe.group_table(base, weight_decay=0.4, muon=True)
+    rows = [row.split() for row in table.splitlines()[1:]]
+    # Two kernels in each of 36 blocks, and the stem's, three downsampling, 36 depthwise, the head.
+    assert [row[:4] for row in rows[:-1]] == [
+        ["decay", "1", "0.4", "41"],
+        ["decay_muon", "1", "0.4", "72"],
+        ["no_decay", "1", "0", "231"],
+    ]
+
+
 # The optimizer -----------------------------------------------------------------------------------
 
 
@@ -297,6 +308,93 @@ def test_adamw_steps_equal_the_formula_in_single_precision():
     assert int(state.count) == 2
     for name, value in by_name(params).items():
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4), (2, 3, 6, 4)])
+def test_orthogonalize_moves_the_singular_values_alone(shape):
+    """Against the polynomial applied to them five times, in f64."""
+    matrices = np.random.default_rng(0).standard_normal(shape)
+    u, s, v = np.linalg.svd(matrices, full_matrices=False)
+    s /= np.sqrt((s**2).sum(-1, keepdims=True))
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    expected = (u * s[..., None, :]) @ v
+    with jax.enable_x64(True):
+        got = recipe.orthogonalize(jnp.asarray(matrices))
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)  # 1e-7 is added to the norm
+    got = recipe.orthogonalize(jnp.asarray(matrices, jnp.float32))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+
+
+def test_orthogonalize_as_documented():
+    share = np.geomspace(0.002, 1, 2000)  # of the largest norm that a singular value can have
+    for _ in range(5):
+        share = 3.4445 * share - 4.775 * share**3 + 2.0315 * share**5
+    assert 0.68 < share.min() < 0.69
+    assert 1.20 < share.max() < 1.21
+    assert not recipe.orthogonalize(jnp.zeros((2, 3, 4))).any()
+
+
+def test_muon_moves_the_kernels_of_the_mlps_by_the_formula_and_the_rest_as_adamw():
+    params = two_layers()
+    rng = np.random.default_rng(0)
+    rates = [0.1, 0.05, 0.2]
+    settings = {
+        "learning_rate": lambda step: jnp.asarray(rates)[step],
+        "weight_decay": 0.05, "layer_decay": 0.5, "layer_decay_rule": "single",
+    }  # fmt: skip
+    optimizer, adamw = (recipe.optimizer(params, **settings, muon=on) for on in (True, False))
+    state, adamw_state, adamw_params = optimizer.init(params), adamw.init(params), params
+    name = "convnext/encoder/stages_0/layers_0/pwconv1/kernel"
+    scale = by_name(recipe.layer_scales(params, 0.5, "single"))[name]
+    assert scale == 0.5
+    expected, momentum = np.ones((4, 3)), 0.0
+    for rate in rates:
+        gradients = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        updates, adamw_state = adamw.update(gradients, adamw_state, adamw_params)
+        adamw_params = optax.apply_updates(adamw_params, updates)
+
+        g = np.asarray(by_name(gradients)[name], float)
+        momentum = 0.95 * momentum + 0.05 * g
+        u, s, v = np.linalg.svd(0.95 * momentum + 0.05 * g, full_matrices=False)
+        s /= np.linalg.norm(s)
+        for _ in range(5):
+            s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+        # A matrix whose singular values are 1 has the root mean square 1 / sqrt(longer side).
+        direction = 0.4 * np.sqrt(4) * (u * s) @ v
+        expected = expected - rate * scale * (direction + 0.05 * expected)
+
+    got, others = by_name(params), by_name(adamw_params)
+    np.testing.assert_allclose(got.pop(name), expected, rtol=0, atol=2e-6)
+    others.pop(name)
+    for other, value in got.items():
+        np.testing.assert_array_equal(value, others[other], err_msg=other)
+
+
+def test_muon_of_blocks_alike_is_muon_of_each():
+    shapes = toy(depths=(2, 3))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), shapes)
+    optimizer = recipe.optimizer(
+        params, learning_rate=lambda step: 1.0, weight_decay=0.0, muon=True
+    )
+    state = optimizer.init(params)
+    updates, state = optimizer.update(params, state, params)
+    moved = {name for name, by_muon in by_name(recipe.moved_by_muon(params)).items() if by_muon}
+    assert moved == {
+        f"convnext/encoder/stages_{stage}/layers_{layer}/pwconv{i}/kernel"
+        for stage, depth in enumerate((2, 3))
+        for layer in range(depth)
+        for i in (1, 2)
+    }
+    for name in moved:
+        kernel = by_name(params)[name]
+        direction = recipe.orthogonalize(kernel) * 0.4 * max(kernel.shape) ** 0.5
+        np.testing.assert_allclose(by_name(updates)[name], -direction, rtol=0, atol=1e-5)
+    for name, moment in by_name(state.nu).items():
+        assert moment.shape == (() if name in moved else by_name(params)[name].shape)
 
 
 def test_betas_of_zero_move_by_the_sign():
