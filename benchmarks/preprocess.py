@@ -1,15 +1,16 @@
-"""Times the training pipeline on photos against plain Pillow, with the same number of threads.
+"""Times the training pipeline on photos against plain Pillow, with as many workers.
 
     python benchmarks/preprocess.py --photos FOLDER [--size 224] [--json FILE]
 
-FOLDER holds picture files, in folders or not. Both sides read them from disk, in random order, draw
+FOLDER holds picture files, in folders or not. All sides read them from disk, in random order, draw
 the recipe's random resized crop and end with a uint8 array of SIZE x SIZE pixels a picture:
 
-    pipeline   `train_batches`: batches of 64, made by grain's threads
-    Pillow     open, convert to RGB, crop, resize (bicubic), array, in a thread pool
+    pipeline           `train_batches`: batches of 64, by threads, or by processes from three on
+    Pillow, threads    open, convert to RGB, crop, resize (bicubic), array, in a thread pool
+    Pillow, processes  the same in a process pool, in batches of 64, left where they were made
 
-The two take turns, so that a change in the load of the machine meets both; the table holds medians
-over the rounds, in pictures a second, and the median, lowest and highest ratio of a round.
+They take turns, so that a change in the load of the machine meets all; the table holds medians over
+the rounds, in pictures a second, and the median, lowest and highest ratio of a round.
 
 Then pictures in memory: batches of 512 out of 50,000 of 32 x 32, as they are, in pictures a second.
 """
@@ -21,12 +22,12 @@ import json
 import os
 import platform
 import statistics
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
 from importlib.metadata import version
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,8 @@ from convnext_jax.image import CROP_DRAWS, sample_crop
 BATCH_SIZE = 64
 BATCHES = 10  # a round, of each side
 ROUNDS = 9
+WARM_UP = 3  # rounds of the pipeline before all
+FILL_SECONDS = 1.0  # in which the pipeline makes what it keeps ready, before the others' turn
 
 
 def pillow_crop(path: Path, draws: list, size: int) -> np.ndarray:
@@ -50,53 +53,70 @@ def pillow_crop(path: Path, draws: list, size: int) -> np.ndarray:
     return np.asarray(crop.resize((size, size), PIL.Image.Resampling.BICUBIC))
 
 
-def compare(paths: list[Path], size: int, threads: int, rounds: int) -> dict:
-    """Pictures a second of both sides."""
+def pillow_batch(paths: list[Path], draws: list, size: int) -> int:
+    """The same for a batch; what comes back is how many, so that no time goes into sending it."""
+    return len(np.stack([pillow_crop(*each, size) for each in zip(paths, draws, strict=True)]))
+
+
+def compare(paths: list[Path], size: int, workers: int, rounds: int) -> dict:
+    """Pictures a second of the three sides."""
     rng = np.random.default_rng(0)
     source = FolderSource(Path("/"), [str(p)[1:] for p in paths], np.zeros(len(paths), int))
-    arguments = {"batch_size": BATCH_SIZE, "image_size": size, "seed": 0, "num_threads": threads}
-    number = BATCH_SIZE * BATCHES * max(threads // 2, 1)
+    arguments = {"batch_size": BATCH_SIZE, "image_size": size, "seed": 0, "num_workers": workers}
+    number = BATCH_SIZE * BATCHES * max(workers // 2, 1)
 
     def pipeline() -> float:
-        before = set(threading.enumerate())
-        with closing(train_batches(source, **arguments)) as batches:
-            for _ in islice(batches, threads + 2):  # from now on, what is taken is what is made
-                pass
-            start = time.perf_counter()
-            for _ in islice(batches, number // BATCH_SIZE):
-                pass
-            seconds = time.perf_counter() - start
-        # Closing lets the batches under way be finished: not while the other side runs.
-        for thread in set(threading.enumerate()) - before:
-            thread.join()
+        for _ in islice(batches, workers + 2):  # from now on, what is taken is what is made
+            pass
+        start = time.perf_counter()
+        for _ in islice(batches, number // BATCH_SIZE):
+            pass
+        seconds = time.perf_counter() - start
+        time.sleep(FILL_SECONDS)
         return seconds
 
-    def pillow() -> float:
+    def pillow_threads() -> float:
         order = rng.integers(len(paths), size=number)
         draws = rng.random((number, *CROP_DRAWS)).tolist()
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             start = time.perf_counter()
             list(pool.map(lambda i, d: pillow_crop(paths[i], d, size), order, draws))
             return time.perf_counter() - start
 
-    rates: dict[str, list[float]] = {"pipeline": [], "pillow": []}
-    for round_number in range(rounds + 1):
-        for name, side in (("pipeline", pipeline), ("pillow", pillow)):
-            seconds = side()
-            if round_number:  # the first makes tables of weights and fills the system's cache
-                rates[name].append(number / seconds)
-    ratios = [a / b for a, b in zip(rates["pipeline"], rates["pillow"], strict=True)]
-    return {
-        "threads": threads,
-        "pipeline": statistics.median(rates["pipeline"]),
-        "pillow": statistics.median(rates["pillow"]),
-        "ratio": statistics.median(ratios),
-        "worst ratio": min(ratios),
-        "best ratio": max(ratios),
+    def pillow_processes() -> float:
+        order = rng.integers(len(paths), size=(number // BATCH_SIZE, BATCH_SIZE)).tolist()
+        draws = rng.random((len(order), BATCH_SIZE, *CROP_DRAWS)).tolist()
+        files = [[paths[i] for i in batch] for batch in order]
+        start = time.perf_counter()
+        list(processes.map(pillow_batch, files, draws, [size] * len(files)))
+        return time.perf_counter() - start
+
+    sides = {
+        "pipeline": pipeline,
+        "Pillow, threads": pillow_threads,
+        "Pillow, processes": pillow_processes,
     }
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    with (
+        closing(train_batches(source, **arguments)) as batches,
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as processes,
+    ):
+        # Each process makes tables of weights for the sizes that it meets first.
+        for _ in islice(batches, WARM_UP * number // BATCH_SIZE):
+            pass
+        for round_number in range(rounds + 1):
+            for name, side in sides.items():
+                seconds = side()
+                if round_number:  # the first fills the system's cache
+                    rates[name].append(number / seconds)
+    row = {"workers": workers, **{name: statistics.median(each) for name, each in rates.items()}}
+    for name in ("Pillow, threads", "Pillow, processes"):
+        ratios = [a / b for a, b in zip(rates["pipeline"], rates[name], strict=True)]
+        row[f"ratio to {name}"] = [statistics.median(ratios), min(ratios), max(ratios)]
+    return row
 
 
-def in_memory(threads: int, rounds: int) -> float:
+def in_memory(workers: int, rounds: int) -> float:
     """Pictures a second of batches that are indexed out of an array."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (50_000, 32, 32, 3), np.uint8)
@@ -108,7 +128,7 @@ def in_memory(threads: int, rounds: int) -> float:
         seed=0,
         crop_scale=None,
         crop_pct=1.0,
-        num_threads=threads,
+        num_workers=workers,
     )
     rates = []
     with closing(batches):
@@ -147,23 +167,24 @@ def main() -> None:
     }
     print(
         f"{len(paths)} photos, median {about['median pixels'] / 1000:.0f} thousand pixels, mean "
-        f"{about['mean bytes'] / 1000:.0f} kB; {cores} CPU cores"
+        f"{about['mean bytes'] / 1000:.0f} kB; {cores} CPU cores; to {options.size} px, pictures a "
+        "second"
     )
     print(f"{about['versions']}\n")
-    print(f"| threads | pipeline to {options.size} px, 1/s | Pillow, 1/s | ratio (rounds) |")
-    print("|---:|---:|---:|---:|")
-    threads = [number for number in (1, 2, 8, 16) if number <= cores]
+    print("| workers | pipeline | Pillow, threads | ratio | Pillow, processes | ratio |")
+    print("|---:|---:|---:|---:|---:|---:|")
+    workers = [number for number in (1, 2, 4, 8, 16) if number <= cores]
     photos, memory = [], []
-    for number in threads:
+    for number in workers:
         row = compare(paths, options.size, number, options.rounds)
         photos.append(row)
-        print(
-            f"| {number} | {row['pipeline']:.0f} | {row['pillow']:.0f} | {row['ratio']:.2f} "
-            f"({row['worst ratio']:.2f} .. {row['best ratio']:.2f}) |",
-            flush=True,
-        )
+        cells = [f"{number}", f"{row['pipeline']:.0f}"]
+        for name in ("Pillow, threads", "Pillow, processes"):
+            ratio, low, high = row[f"ratio to {name}"]
+            cells += [f"{row[name]:.0f}", f"{ratio:.2f} ({low:.2f} .. {high:.2f})"]
+        print(f"| {' | '.join(cells)} |", flush=True)
     print("\n| threads | in memory, 32 px, 1/s |\n|---:|---:|")
-    for number in threads:
+    for number in workers:
         rate = in_memory(number, options.rounds)
         memory.append({"threads": number, "rate": rate})
         print(f"| {number} | {rate:,.0f} |", flush=True)

@@ -39,5 +39,5 @@ def get_config() -> ConfigDict:
     config.eval_every_epochs = 4.0
     config.checkpoint_every_epochs = 4.0
     config.log_every_steps = 10
-    config.loader_threads = 2
+    config.loader_workers = 2
     return config

@@ -479,7 +479,7 @@ def shrink(config: ConfigDict, pictures: Path) -> ConfigDict:
     config.epochs = 1.0
     config.warmup_epochs = min(config.warmup_epochs, 2 / STEPS)
     config.log_every_steps = 1
-    config.loader_threads = 2
+    config.loader_workers = 2
     return config
 
 

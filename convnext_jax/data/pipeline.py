@@ -17,7 +17,9 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -25,12 +27,14 @@ from PIL import Image
 
 from convnext_jax.data import photo
 from convnext_jax.data.sources import ArraySource, Source
+from convnext_jax.data.workers import Workers
 from convnext_jax.image.crop import CROP_DRAWS, sample_crop
 from convnext_jax.image.processor import resize_rule
 
-# A thread makes whole batches, and decoding and resizing release the interpreter lock; beyond this
-# number the lock is what they wait for.
-_DEFAULT_THREADS = min(os.cpu_count() or 1, 16)
+# More threads than this only wait for each other's interpreter lock.
+_MOST_THREADS = 8
+# For fewer than this, processes of their own gain less than their start costs.
+_FEWEST_PROCESSES = 3
 _MOST_AHEAD = 8 * 2**30  # bytes of batches that wait for the accelerator
 
 
@@ -44,7 +48,7 @@ def train_batches(
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
     crop_pct: float = 224 / 256,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
-    num_threads: int = _DEFAULT_THREADS,
+    num_workers: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -66,7 +70,9 @@ def train_batches(
       crop_pct: as in `eval_batches`, when `crop_scale` is None.
       resample: Pillow's filter, applied to the crop after it has been cut out; see
         `photo.read_crop` for the pixels.
-      num_threads: threads that make batches.
+      num_workers: threads that make batches, each, where `_FEWEST_PROCESSES` or more of them read
+        picture files, with a process of its own to do it in; 0 makes each batch when it is asked
+        for. None: one for each core of this host, but at most `_MOST_THREADS` without processes.
       process_index: which of `process_count` processes this one is.
       process_count: processes that share the run.
 
@@ -80,6 +86,13 @@ def train_batches(
         source, crop_pct = _transformed(source, image_size, crop_pct, resample), 1.0
     shuffle_seed, crop_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
     stream = _shuffled_stream(len(source), shuffle_seed)
+    crop = {"size": image_size, "scale": crop_scale, "ratio": crop_ratio, "resample": resample}
+    read_crops = functools.partial(_read_crops, **crop)
+    workers = None
+    if crop_scale is not None and source.file(0) is not None:
+        num_workers = _cores() if num_workers is None else num_workers
+        if num_workers >= _FEWEST_PROCESSES:
+            read_crops = workers = Workers(read_crops, num_workers)
 
     def make_batch(step: int) -> dict[str, np.ndarray]:
         indices = stream((step * process_count + process_index) * batch_size, batch_size)
@@ -90,28 +103,78 @@ def train_batches(
             # of an example goes by its place in the run's stream.
             rng = np.random.default_rng((crop_seed, step))
             draws = rng.random((process_count, batch_size, *CROP_DRAWS))[process_index]
-            images = np.empty((batch_size, image_size, image_size, 3), np.uint8)
-            for row, (index, numbers) in enumerate(
-                zip(indices.tolist(), draws.tolist(), strict=True)
-            ):
-                pick_box = functools.partial(
-                    sample_crop, numbers, scale=crop_scale, ratio=crop_ratio
-                )
-                file = source.file(index)
-                if file is not None:
-                    photo.read_crop(file, pick_box, image_size, resample, out=images[row])
-                else:
-                    image = source[index]["image"]
-                    top, left, height, width = pick_box(*image.shape[:2])
-                    crop = image[top : top + height, left : left + width]
-                    photo.resize_crop(crop, image_size, resample, out=images[row])
+            if source.file(0) is not None:
+                images = read_crops([source.file(index) for index in indices.tolist()], draws)
+            else:
+                images = _crops(source, indices, draws, **crop)
         return {
             "image": images,
             "label": source.labels[indices],
             "id": indices.astype(np.int32),
         }
 
-    return _iterator(make_batch, sys.maxsize, num_threads, batch_size * image_size**2 * 3)
+    batches = _iterator(make_batch, sys.maxsize, num_workers, batch_size * image_size**2 * 3)
+    return batches if workers is None else _BatchesOfWorkers(batches, workers)
+
+
+class _BatchesOfWorkers(grain.DatasetIterator):
+    """An iterator that, when it is closed, ends the processes that work for it."""
+
+    def __init__(self, batches: grain.DatasetIterator, workers: Workers):
+        super().__init__(batches)
+        self._batches, self._workers = batches, workers
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._batches.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._batches.set_state(state)
+
+    def close(self) -> None:
+        self._batches.close()
+        self._workers.close()
+
+
+def _read_crops(
+    files: Sequence[Path],
+    draws: np.ndarray,
+    *,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    resample: Image.Resampling,
+) -> np.ndarray:
+    """Random crops of N picture files by their draws [N, *CROP_DRAWS]: uint8 [N, S, S, 3]."""
+    images = np.empty((len(files), size, size, 3), np.uint8)
+    for image, file, numbers in zip(images, files, draws.tolist(), strict=True):
+        pick_box = functools.partial(sample_crop, numbers, scale=scale, ratio=ratio)
+        photo.read_crop(file, pick_box, size, resample, out=image)
+    return images
+
+
+def _crops(
+    source: Source,
+    indices: np.ndarray,
+    draws: np.ndarray,
+    *,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    resample: Image.Resampling,
+) -> np.ndarray:
+    """The same of N examples that are no files."""
+    images = np.empty((len(indices), size, size, 3), np.uint8)
+    for row, (index, numbers) in enumerate(zip(indices.tolist(), draws.tolist(), strict=True)):
+        image = source[index]["image"]
+        top, left, height, width = sample_crop(numbers, *image.shape[:2], scale, ratio)
+        crop = Image.fromarray(image[top : top + height, left : left + width])
+        # In one call: a small picture's resize in several, as `photo` has it, leaves the threads
+        # waiting for each other's interpreter lock.
+        images[row] = crop.resize((size, size), resample)
+    return images
 
 
 def eval_batches(
@@ -121,7 +184,7 @@ def eval_batches(
     image_size: int,
     crop_pct: float = 224 / 256,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
-    num_threads: int = _DEFAULT_THREADS,
+    num_workers: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -133,7 +196,8 @@ def eval_batches(
       image_size: side of the square pictures delivered, S.
       crop_pct: share of the resized short side that the centre crop keeps; see `eval_transform`.
       resample: Pillow's filter.
-      num_threads: threads that make batches.
+      num_workers: threads that make batches; None: one for each core of this host, but at most
+        `_MOST_THREADS`.
       process_index: which of `process_count` processes this one is.
       process_count: processes that share the pass.
 
@@ -155,7 +219,7 @@ def eval_batches(
         }
 
     steps = eval_steps(len(source), batch_size, process_count)
-    return _iterator(make_batch, steps, num_threads, batch_size * image_size**2 * 3)
+    return _iterator(make_batch, steps, num_workers, batch_size * image_size**2 * 3)
 
 
 def eval_steps(examples: int, batch_size: int, process_count: int = 1) -> int:
@@ -241,10 +305,17 @@ def _shuffled_stream(examples: int, seed: int) -> Callable[[int, int], np.ndarra
 def _iterator(
     make_batch: Callable[[int], dict[str, np.ndarray]],
     batches: int,
-    num_threads: int,
+    num_workers: int | None,
     batch_bytes: int,
 ) -> grain.DatasetIterator:
+    if num_workers is None:
+        num_workers = min(_cores(), _MOST_THREADS)
     # Counted in batches, which may be large: enough that no thread waits, but no more than fits.
-    ahead = min(num_threads + 2, max(2, _MOST_AHEAD // batch_bytes))
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
+    ahead = min(num_workers + 2, max(2, _MOST_AHEAD // batch_bytes))
+    options = grain.ReadOptions(num_threads=num_workers, prefetch_buffer_size=ahead)
     return iter(grain.MapDataset.range(batches).map(make_batch).to_iter_dataset(options))
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

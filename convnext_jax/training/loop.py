@@ -43,7 +43,7 @@ from convnext_jax.training.results import write_results
 from convnext_jax.training.step import TrainState, init_state, train_step
 
 # What may differ when a run is continued, because the result does not depend on it.
-FREE_SETTINGS = {"keep_checkpoints", "loader_threads", "log_every_steps", "log_example_ids"}
+FREE_SETTINGS = {"keep_checkpoints", "loader_workers", "log_every_steps", "log_example_ids"}
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -121,7 +121,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 pipeline.train_batches(
                     dataset.train,
                     batch_size=config.batch_size,
-                    num_threads=config.loader_threads,
+                    num_workers=config.loader_workers or None,
                     **train_pictures(config),
                 )
             )
@@ -149,7 +149,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
             examples = pipeline.eval_batches(
                 dataset.val,
                 batch_size=plan.eval_batch_size,
-                num_threads=config.loader_threads,
+                num_workers=config.loader_workers or None,
                 **eval_pictures(config),
             )
             with contextlib.closing(examples):

@@ -133,7 +133,7 @@ def augmentation_grid(
     """
     rows = min(rows, len(dataset.train))
     chosen = sources.Subset(dataset.train, np.linspace(0, len(dataset.train) - 1, rows).astype(int))
-    options = {"batch_size": rows, "num_threads": 1}
+    options = {"batch_size": rows, "num_workers": 1}
     with contextlib.closing(pipeline.eval_batches(chosen, **options, **eval_pictures(config))) as b:
         plain = next(b)["image"]
     batches = pipeline.train_batches(chosen, **options, **train_pictures(config))

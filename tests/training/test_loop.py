@@ -45,7 +45,7 @@ def toy_config(**changes) -> ConfigDict:
     config.eval_every_epochs = 4.0
     config.log_every_steps = 3
     config.log_example_ids = True
-    config.loader_threads = 2
+    config.loader_workers = 2
     config.update(changes)
     return config
 
@@ -161,7 +161,7 @@ def test_other_settings_in_the_same_folder_are_refused(finished):
 
 def test_settings_that_change_no_result_may_differ(finished):
     workdir, final = finished
-    assert loop.train(toy_config(loader_threads=1, keep_checkpoints=9), workdir) == final
+    assert loop.train(toy_config(loader_workers=1, keep_checkpoints=9), workdir) == final
 
 
 def test_damaged_settings_are_named(tmp_path):
