@@ -6,9 +6,10 @@ downloaded:
     python train.py --config configs/fashion_mnist.py --config.data.folder=FOLDER
     python train.py --config configs/fashion_mnist.py:laptop --config.data.folder=FOLDER
 
-Measured on a tenth of the training part, held out to choose settings: the laptop's row 89.93 %
-after 9 epochs, in 7 min 10 s on two CPU cores. The other row has not been measured yet, and neither
-has seen the test pictures.
+Measured on the test pictures, looked at once, with the averaged weights:
+
+    accelerator  95.96 % (the raw weights 95.85 %), 1.9 M parameters, 5 min 39 s in all on one H100
+    laptop       91.44 %, 0.2 M parameters, 8 min 53 s in all on two CPU cores
 """
 
 from ml_collections import ConfigDict
@@ -49,17 +50,16 @@ def get_config(row: str = "accelerator") -> ConfigDict:
         config.eval_batch_size = 500
         return config
 
-    # Enlarged to 32: a stem of 2x2 patches and one halving leave maps of 16 and 8, on which an
-    # accelerator's convolutions are five times as fast as on 14 and 7.
-    config.image_size = 32
+    # A stem of 2x2 patches and one halving: eight blocks on maps of 14x14 and four on 7x7.
+    config.image_size = 28
     config.model.patch_size = 2
-    config.model.depths = (4, 8)
+    config.model.depths = (8, 4)
     config.model.hidden_sizes = (96, 192)
     config.model.drop_path_rate = 0.1
     config.dtype = "bfloat16"
-    config.epochs = 100.0
+    config.epochs = 160.0
     config.warmup_epochs = 3.0
-    config.eval_every_epochs = 10.0
-    config.checkpoint_every_epochs = 50.0
+    config.eval_every_epochs = 20.0
+    config.checkpoint_every_epochs = 80.0
     config.eval_batch_size = 1000
     return config
