@@ -85,7 +85,10 @@ class Source(Protocol):
         raise NotImplementedError
 
     def file(self, index: int) -> Path | None:
-        """The picture file of example `index`, if it is one that has yet to be decoded."""
+        """The picture file of example `index`, where a source's pictures are yet to be decoded.
+
+        Of all examples of a source, or None of each.
+        """
         return None
 
 
