@@ -10,6 +10,9 @@ Measured on the test pictures, looked at once, with the averaged weights:
 
     accelerator  95.96 % (the raw weights 95.85 %), 1.9 M parameters, 5 min 39 s in all on one H100
     laptop       91.44 %, 0.2 M parameters, 8 min 53 s in all on two CPU cores
+
+The first was measured when its first stage's convolution was computed in another way: see
+benchmarks/RESULTS.md.
 """
 
 from ml_collections import ConfigDict

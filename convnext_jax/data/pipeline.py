@@ -35,6 +35,7 @@ from convnext_jax.image.processor import resize_rule
 _MOST_THREADS = 8
 # For fewer than this, processes of their own gain less than their start costs.
 _FEWEST_PROCESSES = 3
+_MOST_PROCESSES = 16  # by default: each takes some 100 MB
 _MOST_AHEAD = 8 * 2**30  # bytes of batches that wait for the accelerator
 
 
@@ -72,7 +73,8 @@ def train_batches(
         `photo.read_crop` for the pixels.
       num_workers: threads that make batches, each, where `_FEWEST_PROCESSES` or more of them read
         picture files, with a process of its own to do it in; 0 makes each batch when it is asked
-        for. None: one for each core of this host, but at most `_MOST_THREADS` without processes.
+        for. None: one for each core of this host, but at most `_MOST_PROCESSES`, or `_MOST_THREADS`
+        without processes.
       process_index: which of `process_count` processes this one is.
       process_count: processes that share the run.
 
@@ -90,7 +92,7 @@ def train_batches(
     read_crops = functools.partial(_read_crops, **crop)
     workers = None
     if crop_scale is not None and source.file(0) is not None:
-        num_workers = _cores() if num_workers is None else num_workers
+        num_workers = min(_cores(), _MOST_PROCESSES) if num_workers is None else num_workers
         if num_workers >= _FEWEST_PROCESSES:
             read_crops = workers = Workers(read_crops, num_workers)
 

@@ -2,8 +2,8 @@
 
 Decoding and resizing leave the interpreter lock alone, but a photo takes a hundred such calls, and
 from some eight threads on they wait for each other's lock: on sixteen cores sixteen threads read
-fewer photos a second than eight, and sixteen processes four times as many
-(`benchmarks/preprocess.py`).
+fewer photos a second than eight, and sixteen processes three times as many as those eight
+(benchmarks/RESULTS.md).
 
 These are plain programs that read and write pickles through pipes. Those of `multiprocessing`
 import the caller's main module once more, which a script without a guard does not survive, and
@@ -20,8 +20,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
-
-_PIPE_BYTES = 2**20  # Linux's limit for everyone
 
 
 class Workers:
@@ -46,11 +44,10 @@ class Workers:
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         for _ in range(number):
             process = subprocess.Popen(
-                [sys.executable, "-m", __name__],
+                [sys.executable, "-P", "-m", __name__],  # not what lies in this folder
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
-                pipesize=_PIPE_BYTES,
                 start_new_session=True,  # the terminal's Ctrl-C is for the caller
             )
             self._processes.append(process)
@@ -63,6 +60,7 @@ class Workers:
             _write(process.stdin, arguments)
             succeeded, result = pickle.load(process.stdout)
         except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+            process.kill()  # one that answers what cannot be read is of no more use
             raise RuntimeError(
                 f"a process that reads pictures has ended, with status {process.wait()}: if the "
                 "memory was used up (-9), let fewer of them run (loader_workers)"

@@ -9,7 +9,7 @@ One meaning, three implementations:
 - `toeplitz`: each channel's map as a vector, multiplied by the matrix that its kernel amounts to.
   Most of that matrix is zeros, but on maps of up to 8x8 the products are small enough for what
   multiplies matrices. On an NVIDIA H100 they are as fast as cuDNN forward and for the input's
-  gradient, and 1.5 to 40 times for the kernel's gradient, which cuDNN is slow at on maps of 7x7; on
+  gradient, and 1.5 to 42 times for the kernel's gradient, which cuDNN is slow at on maps of 7x7; on
   a CPU, with enough examples, 4 to 9 times as fast as `shifted` for the kernel's gradient.
 
 `benchmarks/ops.py` measures them. The last two have gradients of their own, so no forward-mode
@@ -72,6 +72,8 @@ def depthwise_conv(
 
 def _fastest(shape: tuple[int, ...]) -> tuple[tuple[str, Implementation], ...]:
     """The implementation for each platform."""
+    if not all(isinstance(side, int) for side in shape[:3]):  # of any size, in `jax.export`
+        return ("cpu", "shifted"), ("default", "plain")
     batch, positions = shape[0], shape[1] * shape[2]
     # The matrix costs the same for any batch.
     cpu = "toeplitz" if batch >= 32 and positions <= 8 * 8 else "shifted"

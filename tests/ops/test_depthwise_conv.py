@@ -1,6 +1,7 @@
 """Every implementation against the definition, written out in numpy in f64."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -186,3 +187,13 @@ def test_what_the_default_takes(platform, shape, chosen):
         "toeplitz": {"stablehlo.dot_general"},
     }
     assert held == expected[chosen]
+
+
+def test_a_batch_of_any_size_is_exported():
+    (batch,) = jax.export.symbolic_shape("b")
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((batch, 8, 8, 4), (7, 7, 1, 4))
+    ]
+    exported = jax.export.export(jax.jit(depthwise_conv))(*shapes)
+    x, kernel, _ = random_arrays((40, 8, 8, 4), (7, 7), np.float32)
+    np.testing.assert_allclose(exported.call(x, kernel), definition(x, kernel), rtol=0, atol=1e-4)
