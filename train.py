@@ -6,11 +6,13 @@
         --config.init_from=facebook/convnext-tiny-224
     python train.py --config configs/fashion_mnist.py --workdir runs/mine --config.batch_size=256
 
-A run continues when it is started again with the same settings and the same --workdir.
+A run continues when it is started again with the same settings and the same --workdir. It ends
+with status 75 after SIGTERM, when it has saved its state: start it again.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -29,6 +31,13 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File with the settings of the run; default configs/digits.py."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config's name>.")
+_PROFILE = flags.DEFINE_integer(
+    "profile", 0, "Trace so many steps into the folder profile of the run.", lower_bound=0
+)
+# Where JAX does not find out by itself, as it does on TPU pods and under Slurm and Open MPI.
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 of several.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.", lower_bound=0)
 
 
 def main(argv: list[str]) -> int:
@@ -61,9 +70,15 @@ def main(argv: list[str]) -> int:
         return _complain(message.removeprefix("convnext_jax.errors.InputError: "))
 
     try:
-        from convnext_jax.training import loop  # after the flags: it takes seconds to import
+        from convnext_jax.training import loop, parallel  # after the flags: it takes seconds
 
-        loop.train(config, _WORKDIR.value or Path("runs") / "_".join([config_file.stem, *row]))
+        _keep_compiled_programs()
+        parallel.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        workdir = _WORKDIR.value or Path("runs") / "_".join([config_file.stem, *row])
+        loop.train(config, workdir, profile_steps=_PROFILE.value)
+    except loop.Preempted as error:
+        print(f"train.py: {error}; the same command continues it", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except (InputError, OSError) as error:
         return _complain(str(error))
     except FloatingPointError as error:
@@ -76,6 +91,15 @@ def main(argv: list[str]) -> int:
         )
         return 130
     return 0
+
+
+def _keep_compiled_programs() -> None:
+    """Lets a run that is started again find its programs compiled."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "convnext_jax" / "compiled"))
 
 
 def _complain(message: str) -> int:

@@ -50,6 +50,7 @@ def train_batches(
     crop_pct: float = 224 / 256,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
     num_workers: int | None = None,
+    parts: int = 1,
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -57,8 +58,8 @@ def train_batches(
 
     The stream of examples is the epochs one after the other, each holding every example exactly
     once; a batch may span two epochs. Step k of the run is the stream's k-th stretch of
-    `batch_size * process_count` examples, and process i has the i-th `batch_size` of them: the
-    global batch, crops included, does not depend on how many processes share it.
+    `batch_size * process_count` examples, and of each of its `parts` process i has the i-th share:
+    the global batch and its parts, crops included, do not depend on how many processes share them.
 
     Args:
       source: the examples.
@@ -75,6 +76,7 @@ def train_batches(
         picture files, with a process of its own to do it in; 0 makes each batch when it is asked
         for. None: one for each core of this host, but at most `_MOST_PROCESSES`, or `_MOST_THREADS`
         without processes.
+      parts: that a batch is accumulated in, one after the other; a divisor of `batch_size`.
       process_index: which of `process_count` processes this one is.
       process_count: processes that share the run.
 
@@ -96,15 +98,18 @@ def train_batches(
         if num_workers >= _FEWEST_PROCESSES:
             read_crops = workers = Workers(read_crops, num_workers)
 
+    whole = batch_size * process_count
+    own = np.arange(whole).reshape(parts, process_count, -1)[:, process_index].reshape(-1)
+
     def make_batch(step: int) -> dict[str, np.ndarray]:
-        indices = stream((step * process_count + process_index) * batch_size, batch_size)
+        indices = stream(step * whole, whole)[own]
         if crop_scale is None:
             images = _evaluation_images(source, indices, image_size, crop_pct, resample)
         else:
             # The numbers of the whole global batch, of which this process takes its rows: the crop
             # of an example goes by its place in the run's stream.
             rng = np.random.default_rng((crop_seed, step))
-            draws = rng.random((process_count, batch_size, *CROP_DRAWS))[process_index]
+            draws = rng.random((whole, *CROP_DRAWS))[own]
             if source.file(0) is not None:
                 images = read_crops([source.file(index) for index in indices.tolist()], draws)
             else:

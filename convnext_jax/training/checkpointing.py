@@ -1,50 +1,192 @@
-"""Checkpoints of a run with orbax: the state, and the position of the data, saved as one."""
+"""Checkpoints of a run with orbax: everything that it continues from, saved as one.
+
+A checkpoint holds the state, the position of the data, the settings and the version of the code. It
+is the same whichever way the run is laid out over devices, and restores onto any other. orbax
+writes it in the background and gives it its name when it is whole, so that a run which ends at any
+moment leaves the one before.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from ml_collections import FrozenConfigDict
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from convnext_jax.errors import InputError
 from convnext_jax.training.step import TrainState
 
+PyTree = Any
+
+# Where checkpoints go that could not be read, beside the folder of the others.
+DAMAGED = "damaged_checkpoints"
+
 
 def manager(folder: Path, keep: int) -> ocp.CheckpointManager:
-    """An orbax manager that writes in the background and keeps the newest `keep` checkpoints."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    """An orbax manager that keeps the newest `keep` checkpoints and the best by top-1."""
+    best = BestN(get_metric_fn=lambda m: m["top1"], n=1, keep_checkpoints_without_metrics=False)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+        create=True,
+        cleanup_tmp_directories=True,  # of a run that ended while it saved
+    )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 
 
-def save(checkpoints: ocp.CheckpointManager, state: TrainState, data: dict[str, Any]) -> None:
-    """Starts saving; `data` is the iterator's `get_state()` after the batch of the last step."""
-    items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data)}
-    checkpoints.save(int(state.step), args=ocp.args.Composite(**items))
+def save(
+    checkpoints: ocp.CheckpointManager,
+    state: TrainState,
+    data: dict[str, Any],
+    config: FrozenConfigDict,
+    top1: float | None = None,
+) -> None:
+    """Starts saving, when the saving before has ended.
+
+    Args:
+      checkpoints: of `manager`.
+      state: global arrays, as a layout's `stored` gives them.
+      data: the iterator's `get_state()` after the batch of the last step.
+      config: the run's settings.
+      top1: of an evaluation of this state on val, if there was one.
+
+    Raises:
+      OSError: this one or the one before could not be written; what was written is removed.
+    """
+    run = {
+        "config": json.loads(config.to_json_best_effort()),
+        "code": code_version(),
+        "checksum": int(_checksum(state)),
+    }
+    items = {
+        "state": ocp.args.StandardSave(state),
+        "data": ocp.args.JsonSave(data),
+        "run": ocp.args.JsonSave(run),
+    }
+    metrics = None if top1 is None else {"top1": top1}
+    with _removing_what_failed(checkpoints):
+        checkpoints.wait_until_finished()
+        step = int(state.step)
+        checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
+
+
+def look(checkpoints: ocp.CheckpointManager, *, wait: bool = False) -> None:
+    """Asks how the writing in the background is going, or waits for its end.
+
+    Raises:
+      OSError: it failed; what was written is removed.
+    """
+    with _removing_what_failed(checkpoints):
+        checkpoints.check_for_errors()
+        if wait:
+            checkpoints.wait_until_finished()
 
 
 def restore(
     checkpoints: ocp.CheckpointManager, like: TrainState
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest checkpoint, placed as the arrays of `like` are; None when there is none.
+    """The newest checkpoint that can be read, placed as `like` says; None when there is none.
+
+    Newer ones that cannot be read are named, and moved to a folder `DAMAGED` beside the others.
+
+    Args:
+      checkpoints: of `manager`.
+      like: shapes and dtypes, with shardings.
 
     Raises:
-      InputError: when it does not fit `like`: the folder holds a run of another network.
+      InputError: there are checkpoints, but none can be read.
     """
-    step = checkpoints.latest_step()
-    if step is None:
-        return None
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
-    )
-    items = {"state": ocp.args.StandardRestore(shapes), "data": ocp.args.JsonRestore()}
-    try:
-        restored = checkpoints.restore(step, args=ocp.args.Composite(**items))
-    except (ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    steps = sorted(checkpoints.all_steps(), reverse=True)
+    for step in steps:
+        try:
+            state, data = _restore(checkpoints, step, like)
+        except Exception as error:  # orbax and tensorstore raise of every kind
+            print(f"checkpoint {step} in {checkpoints.directory} cannot be read ({_short(error)})")
+            continue
+        for damaged in steps[: steps.index(step)]:
+            _set_aside(checkpoints, damaged)
+        return state, data
+    if steps:
         raise InputError(
-            f"checkpoint {step} in {checkpoints.directory} does not fit this run ({reason}): "
-            "give another --workdir"
-        ) from error
+            f"none of the checkpoints in {checkpoints.directory} can be read: give another "
+            "--workdir, or remove that folder to start anew"
+        )
+    return None
+
+
+def code_version() -> str:
+    """The library's version, and the commit of its source where it lies in a git checkout."""
+    version = importlib.metadata.version("convnext-jax")
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return version
+    return f"{version} ({commit.stdout.strip()})"
+
+
+@contextlib.contextmanager
+def _removing_what_failed(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # orbax and tensorstore raise of every kind
+        # Its space may be what the next one needs.
+        if jax.process_index() == 0:
+            for partial in Path(checkpoints.directory).glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"a checkpoint could not be written ({_short(error)})") from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _restore(
+    checkpoints: ocp.CheckpointManager, step: int, like: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
+    items = {
+        "state": ocp.args.StandardRestore(like),
+        "data": ocp.args.JsonRestore(),
+        "run": ocp.args.JsonRestore(),
+    }
+    restored = checkpoints.restore(step, args=ocp.args.Composite(**items))
+    run = restored["run"]
+    if int(_checksum(restored["state"])) != run["checksum"]:
+        raise ValueError("its numbers are not those that were saved")
+    if run["code"] != code_version():
+        print(f"checkpoint {step} was written by {run['code']}; this is {code_version()}")
     return restored["state"], restored["data"]
+
+
+def _set_aside(checkpoints: ocp.CheckpointManager, step: int) -> None:
+    folder = Path(checkpoints.directory)
+    aside = folder.parent / DAMAGED
+    if jax.process_index() == 0:
+        aside.mkdir(exist_ok=True)
+        shutil.rmtree(aside / str(step), ignore_errors=True)
+        (folder / str(step)).rename(aside / str(step))
+    print(f"checkpoint {step} was moved to {aside}")
+
+
+@jax.jit
+def _checksum(state: PyTree) -> jax.Array:
+    """A number that any change of a state's bits would very likely change; uint32.
+
+    Sums that wrap around, so that it does not depend on how the arrays lie over devices.
+    """
+    total = jnp.zeros((), jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(state)):
+        unsigned = np.dtype(f"uint{8 * leaf.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+        total += bits.sum(dtype=jnp.uint32) * jnp.uint32(2 * number + 1)
+    return total

@@ -85,10 +85,14 @@ def default_config() -> ConfigDict:
     config.ema_decay = 0.9999  # of the averaged weights, which are then what is exported; 0: none
     config.ema_warmup = False  # let the decay grow from 0.1: for runs of a few thousand steps
 
+    config.max_skipped_steps = 0  # leave out so many steps whose loss is not finite, then stop
+
+    config.parallelism = "pmap"  # the state whole on every device, or "sharded" over them
     config.eval_every_epochs = 1.0  # besides the evaluation at the end
     config.eval_batch_size = 0  # over all devices; 0 takes batch_size
     config.checkpoint_every_epochs = 1.0
-    config.keep_checkpoints = 3  # the newest ones
+    config.keep_checkpoints = 3  # the newest ones; the best one stays besides
+    config.failed_save = "stop"  # or "continue", when a checkpoint cannot be written: a full disk
     config.log_every_steps = 50
     config.log_example_ids = False  # write the ids of each step's examples to examples.jsonl
     config.loader_workers = 0  # that decode pictures on this host; 0: as its cores suggest
@@ -173,6 +177,9 @@ def check(config: FrozenConfigDict) -> None:
         "gradient_clip": (config.gradient_clip >= 0, "0 or more"),
         "label_smoothing": (0 <= config.label_smoothing < 1, "0 to below 1"),
         "ema_decay": (0 <= config.ema_decay < 1, "0 to below 1"),
+        "max_skipped_steps": (config.max_skipped_steps >= 0, "0 or more"),
+        "parallelism": (config.parallelism in ("pmap", "sharded"), "'pmap' or 'sharded'"),
+        "failed_save": (config.failed_save in ("stop", "continue"), "'stop' or 'continue'"),
         "eval_every_epochs": (config.eval_every_epochs > 0, "more than 0"),
         "checkpoint_every_epochs": (config.checkpoint_every_epochs > 0, "more than 0"),
         "keep_checkpoints": (config.keep_checkpoints > 0, "1 or more"),

@@ -144,49 +144,50 @@ def evaluate(
     eval_step: Callable[[PyTree, dict[str, np.ndarray]], Scores],
     weights: dict[str, PyTree],
     batches: Iterable[dict[str, np.ndarray]],
-    devices: int | None = None,
+    put: Callable[[dict[str, np.ndarray]], dict[str, Any]] = dict,
+    own_rows: Callable[[jax.Array], np.ndarray] = np.asarray,
 ) -> dict[str, Evaluation]:
     """Evaluates several sets of weights in one pass over the data.
 
     Args:
-      eval_step: of parameters and a batch; `eval_step` under `jax.pmap` with `devices`, under
-        `jax.jit` without.
+      eval_step: of parameters and a batch, as this module's under `jax.jit`.
       weights: parameters by name, such as {"val": ..., "val_ema": ...}.
       batches: of `eval_batches`, padded and masked.
-      devices: how many parts each batch is split into; None leaves it whole.
+      put: from what the step reads of a batch to how it takes it.
+      own_rows: what this process has of an array that `eval_step` gave, an entry for each example.
 
     Returns:
-      An `Evaluation` for each name.
+      An `Evaluation` for each name, of all processes' examples.
     """
-    outputs: dict[str, list] = {name: [] for name in weights}
-    labels, masks = [], []
+    outputs: dict[str, list[Scores]] = {name: [] for name in weights}
+    kept: dict[str, list[np.ndarray]] = {"label": [], "mask": []}
     under_way: collections.deque[dict[str, Scores]] = collections.deque()
 
     def wait_for_one() -> None:
-        for name, scores in jax.device_get(under_way.popleft()).items():
-            outputs[name].append(scores)
+        for name, (sums, examples) in under_way.popleft().items():
+            outputs[name].append((jax.device_get(sums), jax.tree.map(own_rows, examples)))
 
     for batch in batches:
-        parts = split(batch, devices)
+        parts = put({name: batch[name] for name in ("image", "label", "mask")})
         under_way.append({name: eval_step(params, parts) for name, params in weights.items()})
-        labels.append(batch["label"])
-        masks.append(np.asarray(batch["mask"]).astype(bool))
+        for name, values in kept.items():
+            values.append(np.asarray(batch[name]))
         if len(under_way) == _UNDER_WAY:
             wait_for_one()
     while under_way:
         wait_for_one()
-    mask = np.concatenate(masks)
+    mask = _in_order(kept["mask"]).astype(bool)
+    labels = _in_order(kept["label"])[mask]
 
     def gather(outputs: list[Scores]) -> Evaluation:
         # Summed in f64: in f32 a sum over millions of examples would lose some.
         sums = {k: sum(float(sums[k]) for sums, _ in outputs) for k in outputs[0][0]}
         examples = {
-            k: np.concatenate([part[k].reshape(-1) for _, part in outputs])[mask]
-            for k in outputs[0][1]
+            k: _in_order([part[k] for _, part in outputs])[mask] for k in sorted(outputs[0][1])
         }
         return Evaluation(
             {name: value / int(mask.sum()) for name, value in sums.items()},
-            np.concatenate(labels)[mask],
+            labels,
             examples["prediction"],
             examples["confidence"],
             examples["loss"],
@@ -195,19 +196,11 @@ def evaluate(
     return {name: gather(scores) for name, scores in outputs.items()}
 
 
-def split(
-    batch: dict[str, np.ndarray], devices: int | None, parts: int = 1
-) -> dict[str, np.ndarray]:
-    """What the step reads of a batch; with a leading axis over the devices, unless None.
+def _in_order(batches: list[np.ndarray]) -> np.ndarray:
+    """What the processes have of each batch, joined in the order of the examples."""
+    rows = np.stack(batches)
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
 
-    A batch that is accumulated in `parts` is cut into these first, and then each part over the
-    devices, so that a part has the same examples whatever the number of devices.
-    """
-
-    def cut(value: np.ndarray) -> np.ndarray:
-        if devices is None:
-            return value
-        rows = value.reshape(parts, devices, -1, *value.shape[1:])
-        return rows.swapaxes(0, 1).reshape(devices, -1, *value.shape[1:])
-
-    return {name: cut(batch[name]) for name in ("image", "label", "mask") if name in batch}
+        rows = multihost_utils.process_allgather(rows).swapaxes(0, 1)
+    return rows.reshape(-1)

@@ -2,10 +2,13 @@
 
 The order of what happens at a step is a contract:
 
-1. take the next batch, 2. start the step on the devices, 3. write the metrics of the step before
-(so that the devices never wait for the host), 4. evaluate when it is time, 5. save when it is time.
-A checkpoint is thus the state and the data's position after the same batch, and everything written
-about the steps up to it is on disk. What was written about later steps is dropped on resuming.
+1. start the step on the devices, whose batch is there already, 2. take the next batch and start
+moving it to the devices, 3. write the metrics of the step before (so that the devices never wait
+for the host), 4. evaluate when it is time, 5. save when it is time. A checkpoint is thus the state
+and the data's position after the same batch, and everything written about the steps up to it is on
+disk. What was written about later steps is dropped on resuming.
+
+Several processes that share a run all call `train`; the first one writes.
 """
 
 from __future__ import annotations
@@ -15,62 +18,93 @@ import functools
 import json
 import math
 import os
+import signal
+import sys
+import threading
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict, FrozenConfigDict
 from tqdm import tqdm
 
 from convnext_jax.checkpoints.files import read_json
 from convnext_jax.data import pipeline, sources
 from convnext_jax.errors import InputError
-from convnext_jax.training import checkpointing, recipe
+from convnext_jax.training import checkpointing, parallel, recipe
 from convnext_jax.training.config import (
     check,
     eval_pictures,
     peak_learning_rate,
     train_pictures,
 )
-from convnext_jax.training.evaluation import Evaluation, eval_step, evaluate, split
-from convnext_jax.training.metrics import MetricsWriter
-from convnext_jax.training.network import AXIS, initial_model
+from convnext_jax.training.evaluation import Evaluation, evaluate
+from convnext_jax.training.metrics import METRICS_NAME, MetricsWriter, read_rows
+from convnext_jax.training.network import initial_model
 from convnext_jax.training.plan import Plan, print_plan
 from convnext_jax.training.results import write_results
-from convnext_jax.training.step import TrainState, init_state, train_step
+from convnext_jax.training.step import TrainState, init_state
 
 # What may differ when a run is continued, because the result does not depend on it.
-FREE_SETTINGS = {"keep_checkpoints", "loader_workers", "log_every_steps", "log_example_ids"}
+FREE_SETTINGS = {
+    "failed_save", "keep_checkpoints", "loader_workers", "log_every_steps", "log_example_ids",
+    "max_skipped_steps", "parallelism",
+}  # fmt: skip
+
+# Where the state and the batch go that a run ended with whose loss was not finite.
+NOT_FINITE = "not_finite"
 
 
-def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
+class Preempted(Exception):
+    """The run was asked to end, by SIGTERM or a notice of the machines, and has saved its state."""
+
+
+def train(config: ConfigDict, workdir: str | Path, *, profile_steps: int = 0) -> dict[str, float]:
     """Trains, or continues the run that `workdir` holds, and writes its results there.
 
     Args:
       config: see `convnext_jax.training.config.default_config`.
-      workdir: the run's folder; made when it does not exist.
+      workdir: the run's folder, the same for all processes; made when it does not exist.
+      profile_steps: so many steps, from the second one on, are traced into `workdir/profile`.
 
     Returns:
       The final metrics, as in `metrics.json`.
 
     Raises:
       InputError: for settings or data that cannot be used.
-      FloatingPointError: when the loss is no longer finite.
+      FloatingPointError: when the loss is no longer finite, and was not more often than
+        `max_skipped_steps` allows.
+      OSError: when a checkpoint cannot be written, and `failed_save` is "stop".
+      Preempted: when the run was asked to end.
     """
-    config, workdir = FrozenConfigDict(config), Path(workdir)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() > 0:  # which would only say the same again
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        stop = stack.enter_context(_StopRequest())
+        return _train(FrozenConfigDict(config), Path(workdir), stop, profile_steps, stack)
+
+
+def _train(
+    config: FrozenConfigDict,
+    workdir: Path,
+    stop: _StopRequest,
+    profile_steps: int,
+    stack: contextlib.ExitStack,
+) -> dict[str, float]:
     check(config)
     dataset = sources.load(
         **config.data, tune_fraction=config.tune_fraction, tune_seed=config.tune_seed
     )
     plan = Plan(config, len(dataset.train))
-    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    init_key, _ = jax.random.split(jax.random.key(config.seed))
     model, params = initial_model(config, dataset.class_names, init_key)
 
-    devices = jax.local_devices()
-    replicated = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec())
+    layout = parallel.layout(config.parallelism)
     schedule = recipe.warmup_cosine(
         peak_learning_rate(config), plan.warmup_steps, plan.total_steps, config.min_learning_rate
     )
@@ -91,135 +125,298 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         gradient_clip=config.gradient_clip,
         **groups,
     )
-    # Placed on all devices from the start: otherwise the second step would compile again.
-    state = jax.device_put(init_state(params, optimizer, config.ema_decay > 0), replicated)
-    del params  # a second copy, which may not fit
-    step_key = jax.device_put(step_key, replicated)
-    p_train_step = jax.pmap(
-        functools.partial(train_step, model=model, optimizer=optimizer, config=config),
-        axis_name=AXIS,
-        in_axes=(None, 0, None),
-        out_axes=(None, None),
-        donate_argnums=(0,),
-    )
-    p_eval_step = jax.pmap(
-        functools.partial(eval_step, model=model, config=config),
-        axis_name=AXIS,
-        in_axes=(None, 0),
-        out_axes=(None, 0),
-    )
+    train_step = layout.train_step(model, optimizer, config)
+    eval_step = layout.eval_step(model, config)
     _open_workdir(workdir, config, sources.fingerprint(dataset))
-    print_plan(config, plan, dataset, model, state.params, workdir)
-    print(recipe.group_table(state.params, weight_decay=config.weight_decay, **groups))
+    print_plan(config, plan, dataset, model, params, workdir)
+    print(recipe.group_table(params, weight_decay=config.weight_decay, **groups))
 
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            checkpointing.manager(workdir / "checkpoints", config.keep_checkpoints)
-        )
-        batches = stack.enter_context(
-            contextlib.closing(
-                pipeline.train_batches(
-                    dataset.train,
-                    batch_size=config.batch_size,
-                    num_workers=config.loader_workers or None,
-                    **train_pictures(config),
-                )
-            )
-        )
-        restored = checkpointing.restore(checkpoints, state)
-        if restored is not None:
-            state, position = restored
-            batches.set_state(position)
-            print(f"resumed from step {int(state.step)}")
+    checkpoints = stack.enter_context(
+        checkpointing.manager(workdir / "checkpoints", config.keep_checkpoints)
+    )
+    first_state = functools.partial(
+        init_state, optimizer=optimizer, with_average=config.ema_decay > 0
+    )
+    shapes = jax.eval_shape(first_state, params)
+    restored = checkpointing.restore(checkpoints, _placed(shapes, layout.stored_sharding(shapes)))
+    if restored is None:
+        # From the host's memory, so that no device ever has more than its part.
+        place = jax.jit(first_state, out_shardings=layout.state_sharding(shapes))
+        state, position, start = place(jax.device_get(params)), None, 0
+    else:
+        state, position = layout.running(restored[0]), restored[1]
         start = int(state.step)
-        if start > plan.total_steps:
-            raise InputError(
-                f"{workdir} holds step {start} of a run that ends at {plan.total_steps}: "
-                "give another --workdir"
-            )
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
-        bar = stack.enter_context(
-            tqdm(total=plan.total_steps, initial=start, unit="step", disable=None)
+        print(f"resumed from step {start}")
+    del params, restored  # a second copy, which may not fit
+    if start > plan.total_steps:
+        raise InputError(
+            f"{workdir} holds step {start} of a run that ends at {plan.total_steps}: "
+            "give another --workdir"
         )
+    key_sharding = layout.state_sharding(jax.ShapeDtypeStruct((), np.uint32))
+    step_key = jax.jit(
+        lambda: jax.random.split(jax.random.key(config.seed))[1], out_shardings=key_sharding
+    )()
 
-        def run_evaluation(state: TrainState) -> dict[str, Evaluation]:
-            weights = {"val": state.params}
-            if state.average is not None:
-                weights["val_ema"] = state.average
-            examples = pipeline.eval_batches(
-                dataset.val,
-                batch_size=plan.eval_batch_size,
+    is_first = jax.process_index() == 0
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = stack.enter_context(
+        contextlib.closing(
+            pipeline.train_batches(
+                dataset.train,
+                batch_size=config.batch_size // jax.process_count(),
+                parts=config.gradient_accumulation,
                 num_workers=config.loader_workers or None,
-                **eval_pictures(config),
+                **share,
+                **train_pictures(config),
             )
-            with contextlib.closing(examples):
-                return evaluate(p_eval_step, weights, examples, len(devices))
+        )
+    )
+    if position is not None:
+        batches.set_state(position)
+    metrics_path = workdir / METRICS_NAME
+    writer = None
+    if is_first:
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
+    bar = stack.enter_context(
+        tqdm(total=plan.total_steps, initial=start, unit="step", disable=None if is_first else True)
+    )
 
-        def write_step(step: int, metrics: dict[str, jax.Array]) -> None:
-            """Metrics of a step that the devices may still be at; waits for it."""
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            # Looked at every step, so that no checkpoint holds what came of it.
-            if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-                raise FloatingPointError(
-                    f"the loss is {values['loss']} and its gradient's norm "
-                    f"{values['gradient_norm']} at step {step}: give another --workdir with a "
-                    "lower learning_rate, or with gradient_clip"
-                )
-            if step % config.log_every_steps and step != plan.total_steps:
-                return
-            values["learning_rate"] = float(schedule(step - 1))
-            writer.write(step, {f"train/{name}": value for name, value in values.items()})
+    def fetch() -> _Batch:
+        """Takes the next batch, and starts moving it to the devices."""
+        before = batches.get_state()
+        batch = next(batches)
+        parts = {name: batch[name] for name in ("image", "label")}
+        on_devices = layout.put(parts, config.gradient_accumulation)
+        return _Batch(on_devices, batch, before, batches.get_state())
+
+    def run_evaluation(state: TrainState) -> dict[str, Evaluation]:
+        weights = {"val": state.params}
+        if state.average is not None:
+            weights["val_ema"] = state.average
+        examples = pipeline.eval_batches(
+            dataset.val,
+            batch_size=plan.eval_batch_size // jax.process_count(),
+            num_workers=config.loader_workers or None,
+            **share,
+            **eval_pictures(config),
+        )
+        with contextlib.closing(examples):
+            return evaluate(eval_step, weights, stop.watch(examples), layout.put, layout.rows)
+
+    def write_evaluation(step: int, found: dict[str, Evaluation], rate: float | None) -> None:
+        values = {
+            f"{name}/{metric}": value
+            for name, evaluation in found.items()
+            for metric, value in evaluation.metrics.items()
+        }
+        if writer is not None:
+            writer.write(step, values)
+        bar.write(_evaluation_line(step, plan, values, rate), file=sys.stdout)
+
+    def save(state: TrainState, batch: _Batch, evaluations: dict[str, Evaluation] | None) -> None:
+        top1 = None
+        if evaluations is not None:
+            top1 = evaluations.get("val_ema", evaluations["val"]).metrics["top1"]
+        with _failed_save(config):
+            checkpointing.save(checkpoints, layout.stored(state), batch.position, config, top1)
+
+    def write_step(step: int, batch: _Batch, metrics: dict[str, jax.Array]) -> None:
+        """Metrics of a step that the devices may still be at; waits for it."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        skipped = int(values.pop("skipped"))
+        # Looked at every step, so that no checkpoint holds what came of it.
+        is_finite = math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])
+        if not is_finite:
+            _keep_batch(workdir, step, batch)
+            what = (
+                f"the loss is {values['loss']} and its gradient's norm {values['gradient_norm']} "
+                f"at step {step}"
+            )
+            if skipped > config.max_skipped_steps:
+                raise _NotFinite(what, batch)
+            bar.write(f"{what}: left out, {skipped} of {config.max_skipped_steps} allowed")
+        if writer is None or (step % config.log_every_steps and step != plan.total_steps):
+            return
+        values = {**values, "learning_rate": float(schedule(step - 1))} if is_finite else {}
+        if skipped:
+            values["skipped"] = skipped
+        writer.write(step, {f"train/{name}": value for name, value in values.items()})
+        if is_finite:
             bar.set_postfix(loss=f"{values['loss']:.3f}", top1=f"{values['top1']:.3f}")
 
-        pending: tuple[int, dict[str, jax.Array]] | None = None
-        last_evaluation: dict[str, Evaluation] | None = None
-        tick_step, tick = start, time.perf_counter()
-        for step in range(start + 1, plan.total_steps + 1):
-            batch = next(batches)
-            if config.log_example_ids:
-                writer.write_examples(step, batch["id"].tolist())
-            parts = split(batch, len(devices), config.gradient_accumulation)
-            state, metrics = p_train_step(state, parts, step_key)
+    pending: tuple[int, _Batch, dict[str, jax.Array]] | None = None
+    last_evaluation: dict[str, Evaluation] | None = None
+    # A run may have been stopped between a step and its evaluation.
+    is_missing = is_first and plan.evaluates_after(start) and not _is_evaluated(metrics_path, start)
+    if parallel.agree(is_missing):
+        last_evaluation = run_evaluation(state)
+        write_evaluation(start, last_evaluation, None)
+    tick_step, tick = start, time.perf_counter()
+    upcoming = fetch() if start < plan.total_steps else None
+    for step in range(start + 1, plan.total_steps + 1):
+        if profile_steps and step == start + 2:
+            jax.profiler.start_trace(str(workdir / "profile"))
+        batch = upcoming
+        state, metrics = train_step(state, batch.on_devices, step_key)
+        if writer is not None and config.log_example_ids:
+            writer.write_examples(step, batch.on_host["id"].tolist())
+        upcoming = fetch()
+
+        is_preempted = stop.is_due(step)
+        last = step == plan.total_steps
+        evaluation_due = plan.evaluates_after(step)
+        save_due = last or step % plan.checkpoint_every == 0
+        try:
             if pending is not None:
                 write_step(*pending)
-            pending = step, metrics
-
-            last = step == plan.total_steps
-            evaluation_due = last or step % plan.eval_every == 0
-            save_due = last or step % plan.checkpoint_every == 0
-            if evaluation_due or save_due:
+            pending = step, batch, metrics
+            if evaluation_due or save_due or is_preempted:
                 write_step(*pending)
                 pending = None
-            if evaluation_due:
-                jax.block_until_ready(state.params)
-                seconds = time.perf_counter() - tick
-                rate = (step - tick_step) * config.batch_size / seconds
-                if step > tick_step:
-                    writer.write_timing(step, {"seconds": seconds, "examples_per_second": rate})
-                last_evaluation = run_evaluation(state)
-                values = {
-                    f"{name}/{metric}": value
-                    for name, evaluation in last_evaluation.items()
-                    for metric, value in evaluation.metrics.items()
-                }
-                writer.write(step, values)
-                bar.write(_evaluation_line(step, plan, values, rate))
-            if save_due:
-                checkpointing.save(checkpoints, state, batches.get_state())
-            if evaluation_due or step == start + 1:  # the first step compiles
-                jax.block_until_ready(state.params)
-                tick_step, tick = step, time.perf_counter()
-            bar.update()
+        except _NotFinite as error:
+            with checkpointing.manager(workdir / NOT_FINITE, 1) as kept:
+                checkpointing.save(kept, layout.stored(state), error.batch.before, config)
+            raise FloatingPointError(
+                f"{error}. {workdir / NOT_FINITE} has the state before it and its batch. Give "
+                "another --workdir with a lower learning_rate, or with gradient_clip; or the same "
+                "with a larger max_skipped_steps"
+            ) from None
+        if profile_steps and step == start + 1 + profile_steps:
+            jax.block_until_ready(state.params)
+            jax.profiler.stop_trace()
+            bar.write(f"{workdir / 'profile'}: a trace of {profile_steps} steps", file=sys.stdout)
+        evaluations = None
+        if evaluation_due and not is_preempted:
+            jax.block_until_ready(state.params)
+            seconds = time.perf_counter() - tick
+            rate = (step - tick_step) * config.batch_size / seconds
+            if writer is not None and step > tick_step:
+                writer.write_timing(step, {"seconds": seconds, "examples_per_second": rate})
+            try:
+                evaluations = last_evaluation = run_evaluation(state)
+                write_evaluation(step, evaluations, rate)
+            except _Interrupted:  # it is made when the run continues
+                is_preempted = True
+        if save_due or is_preempted:
+            save(state, batch, evaluations)
+        else:
+            with _failed_save(config):
+                checkpointing.look(checkpoints)
+        if is_preempted:
+            checkpointing.look(checkpoints, wait=True)
+            raise Preempted(f"asked to end, saved step {step} of {plan.total_steps}")
+        if evaluation_due or step == start + 1:  # the first step compiles
+            jax.block_until_ready(state.params)
+            tick_step, tick = step, time.perf_counter()
+        bar.update()
 
-        if last_evaluation is None:  # the run had already ended; its results are written again
-            last_evaluation = run_evaluation(state)
-        checkpoints.wait_until_finished()
-
+    if last_evaluation is None:  # the run had already ended; its results are written again
+        last_evaluation = run_evaluation(state)
+    with _failed_save(config):
+        checkpointing.look(checkpoints, wait=True)
     exported = "val_ema" if state.average is not None else "val"
-    weights = state.params if state.average is None else state.average
-    return write_results(
-        config, workdir, model, dataset, weights, last_evaluation, exported, plan.total_steps
+    weights = layout.whole(state.params if state.average is None else state.average)
+    final = {}
+    if is_first:
+        final = write_results(
+            config, workdir, model, dataset, weights, last_evaluation, exported, plan.total_steps
+        )
+    if jax.process_count() > 1:  # the first process is the one that the others cannot do without
+        multihost_utils.sync_global_devices("results")
+    return final or read_json(workdir / "metrics.json")
+
+
+class _Batch(NamedTuple):
+    """A batch on its way to the devices, with the data's position before and after it."""
+
+    on_devices: Any
+    on_host: dict[str, np.ndarray]
+    before: dict[str, Any]
+    position: dict[str, Any]
+
+
+class _NotFinite(Exception):
+    """A loss that is not finite was one too many; with its batch."""
+
+    def __init__(self, what: str, batch: _Batch):
+        super().__init__(what)
+        self.batch = batch
+
+
+class _Interrupted(Exception):
+    """An evaluation was given up because the run is to end."""
+
+
+class _StopRequest:
+    """Whether the run is to end: SIGTERM, or what JAX hears of it on the other hosts.
+
+    Schedulers send SIGTERM some time before they take a machine away.
+    """
+
+    def __init__(self):
+        self._is_asked = False
+        # JAX then listens for the signal, and agrees with the other hosts on the step.
+        self._is_shared = jax.distributed.is_initialized()
+        self._before: Any = None
+
+    def __enter__(self) -> _StopRequest:
+        if not self._is_shared and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _ask(self, *_: Any) -> None:
+        self._is_asked = True
+
+    def is_due(self, step: int) -> bool:
+        """Whether to end after this step; every process must ask at every step."""
+        if self._is_shared:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._is_asked
+
+    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, until the run of a single process is to end."""
+        for batch in batches:
+            if self._is_asked:
+                raise _Interrupted
+            yield batch
+
+
+@contextlib.contextmanager
+def _failed_save(config: FrozenConfigDict) -> Iterator[None]:
+    """What a checkpoint that could not be written means for the run."""
+    try:
+        yield
+    except OSError as error:
+        if config.failed_save == "stop":
+            raise OSError(
+                f"{error}: the one before it is whole. Make room and start again, or give "
+                "--config.failed_save=continue"
+            ) from error
+        tqdm.write(f"{error}: the run goes on without it", file=sys.stderr)
+
+
+def _keep_batch(workdir: Path, step: int, batch: _Batch) -> None:
+    """Writes this process's rows of a batch whose loss was not finite."""
+    folder = workdir / NOT_FINITE
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / f"step_{step}_process_{jax.process_index()}.npz", **batch.on_host)
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
+
+
+def _is_evaluated(metrics_path: Path, step: int) -> bool:
+    return any(row["step"] == step and "val/loss" in row for row in read_rows(metrics_path))
 
 
 def _open_workdir(workdir: Path, config: FrozenConfigDict, data: dict[str, str]) -> None:
@@ -244,11 +441,16 @@ def _open_workdir(workdir: Path, config: FrozenConfigDict, data: dict[str, str])
     is_run = config_path.exists() or data_path.exists()
     if workdir.exists() and (not workdir.is_dir() or (any(workdir.iterdir()) and not is_run)):
         raise InputError(f"{workdir} exists and is not the folder of a run: give another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    # The settings in one move and last: a folder that has checkpoints has both files whole.
-    data_path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, config_path)
+    if jax.process_count() > 1:  # all have looked before one writes
+        multihost_utils.sync_global_devices("workdir")
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        # The settings in one move and last: a folder that has checkpoints has both files whole.
+        data_path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, config_path)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("workdir is made")
 
 
 def _differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
@@ -263,11 +465,12 @@ def _differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:
     ]
 
 
-def _evaluation_line(step: int, plan: Plan, values: dict[str, float], rate: float) -> str:
+def _evaluation_line(step: int, plan: Plan, values: dict[str, float], rate: float | None) -> str:
     parts = [f"step {step:>{len(str(plan.total_steps))}}/{plan.total_steps}"]
     parts.append(f"loss {values['val/loss']:.4f}")
     parts.append(f"top-1 {values['val/top1']:.2%}")
     if "val_ema/top1" in values:
         parts.append(f"EMA top-1 {values['val_ema/top1']:.2%}")
-    parts.append(f"{rate:,.0f} examples/s")
+    if rate is not None:
+        parts.append(f"{rate:,.0f} examples/s")
     return "  ".join(parts)

@@ -25,7 +25,7 @@ class Plan:
     """Epochs in steps: what follows from the settings and the number of examples."""
 
     def __init__(self, config: FrozenConfigDict, examples: int):
-        devices = jax.local_device_count()
+        devices = jax.device_count()
         self.eval_batch_size = config.eval_batch_size or config.batch_size
         parts = devices * config.gradient_accumulation
         for name, size, unit, meaning in (
@@ -56,6 +56,10 @@ class Plan:
                 "give fewer"
             )
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the run is evaluated after this many steps."""
+        return step > 0 and (step == self.total_steps or step % self.eval_every == 0)
+
     def _steps(self, epochs: float) -> int:
         return max(1, int(epochs * self.steps_per_epoch))
 
@@ -70,7 +74,7 @@ def print_plan(
 ) -> None:
     """Prints what `plan` says of the run, with the network's size and the cost of a step."""
     parameters = sum(x.size for x in jax.tree.leaves(params))
-    devices = jax.local_device_count()
+    devices = jax.device_count()
     per_picture = multiply_adds(model.config, config.image_size)
     # A multiply-add is two operations; the backward pass costs twice the forward one, and with
     # remat the forward one is made twice.
@@ -86,7 +90,8 @@ def print_plan(
         "network": f"{parameters:,} parameters, {config.image_size} px, {config.dtype}",
         "arithmetic": f"{per_picture / 1e9:.3g} G multiply-adds a picture, "
         f"{flops / 1e12:.3g} TFLOP a step",
-        "devices": f"{devices} x {jax.local_devices()[0].device_kind}",
+        "devices": f"{devices} x {jax.local_devices()[0].device_kind}, {config.parallelism}"
+        + (f", of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         "batch": f"{config.batch_size:,} in effect: {layout}",
         "steps": f"{plan.total_steps:,} ({plan.steps_per_epoch:,} an epoch), of which warm-up "
         f"{plan.warmup_steps:,}",

@@ -1,10 +1,12 @@
-"""One step of training: a pure function, run under `jax.pmap`.
+"""One step of training: pure functions, which `convnext_jax.training.parallel` runs on devices.
 
-The model has an axis name or None. With it, a device sees its part of the batch and the results are
-joined over the axis; without it, the same function runs on one device or under `jax.jit`. What is
-random is drawn for the whole batch from `fold_in(key, step)` and each device takes its part, so a
-run depends on the number of devices by the order of its sums alone, and needs no saved RNG state.
-(A device must hold a whole group of what is mixed together: see `mix_group`.)
+A step is two functions, the gradients of a device's part of the batch and their application, and
+`train_step` is both with a mean over the devices between them. The model has an axis name or None.
+With it, a device sees its part of the batch and the results are joined over the axis; without it,
+the same function runs on one device or under `jax.jit`. What is random is drawn for the whole batch
+from `fold_in(key, step)` and each device takes its part, so a run depends on the number of devices
+by the order of its sums alone, and needs no saved RNG state. (A device must hold a whole group of
+what is mixed together: see `mix_group`.)
 """
 
 from __future__ import annotations
@@ -34,16 +36,20 @@ class TrainState:
     """All that a step changes.
 
     Attributes:
-      step: int32, optimizer steps done.
+      step: int32, steps done.
       params: the network's parameters, f32.
       opt_state: the optimizer's.
       average: exponential moving average of the parameters, or None.
+      skipped: int32, how many of the steps changed nothing, because their gradients were not
+        finite. More than `config.max_skipped_steps`: the run is over, and the state stays what it
+        was before the step that was one too many.
     """
 
     step: jax.Array
     params: PyTree
     opt_state: optax.OptState
     average: PyTree | None
+    skipped: jax.Array
 
 
 def init_state(
@@ -55,6 +61,7 @@ def init_state(
         params=params,
         opt_state=optimizer.init(params),
         average=jax.tree.map(jnp.copy, params) if with_average else None,
+        skipped=jnp.zeros((), jnp.int32),
     )
 
 
@@ -67,10 +74,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     config: FrozenConfigDict,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step, of as many parts of the batch as `config.gradient_accumulation` says.
-
-    Gradients, loss and accuracy are the means of the parts' means. The schedules and the average
-    move once, at the end.
+    """One optimizer step.
 
     Args:
       state: see `TrainState`.
@@ -82,12 +86,34 @@ def train_step(
 
     Returns:
       The next state, and the means over the whole batch of `loss` and `top1` (of mixed pictures,
-      the larger part's class counts) with the `gradient_norm`.
+      the larger part's class counts) with the `gradient_norm`, and the state's `skipped`.
+    """
+    gradients, metrics = local_gradients(
+        state.params, state.step, batch, key, model=model, config=config
+    )
+    if model.axis_name is not None:
+        gradients, metrics = jax.lax.pmean((gradients, metrics), model.axis_name)
+    return apply_gradients(state, gradients, metrics, optimizer=optimizer, config=config)
+
+
+def local_gradients(
+    params: PyTree,
+    step: jax.Array,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    model: ConvNextForImageClassification,
+    config: FrozenConfigDict,
+) -> tuple[PyTree, Metrics]:
+    """The mean gradients of what this device has of a batch, with the means of `loss` and `top1`.
+
+    In as many parts as `config.gradient_accumulation` says: the means of the parts' means.
+    The arguments are those of `train_step`, and `step` counts the steps done before.
     """
     axis_name, parts = model.axis_name, config.gradient_accumulation
     local = len(batch["label"])
     group = mix_group(config, local)
-    step_key = jax.random.fold_in(key, state.step)
+    step_key = jax.random.fold_in(key, step)
     image_key, group_key, drop_path_key = jax.random.split(step_key, 3)
     rows = {
         "image": batch["image"],
@@ -108,23 +134,44 @@ def train_step(
 
     gradient_of = jax.grad(loss_of, has_aux=True)
     if parts == 1:
-        gradients, metrics = gradient_of(state.params, rows, drop_path_key)
-    else:
+        return gradient_of(params, rows, drop_path_key)
 
-        def add_part(total: PyTree, part: Batch) -> tuple[PyTree, None]:
-            own = gradient_of(state.params, part, part.pop("drop_path_key"))
-            return jax.tree.map(jnp.add, total, own), None
+    def add_part(total: PyTree, part: Batch) -> tuple[PyTree, None]:
+        own = gradient_of(params, part, part.pop("drop_path_key"))
+        return jax.tree.map(jnp.add, total, own), None
 
-        rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
-        rows["drop_path_key"] = jax.random.split(drop_path_key, parts)
-        shapes = jax.eval_shape(
-            lambda: gradient_of(state.params, jax.tree.map(lambda x: x[0], rows), drop_path_key)
-        )
-        zeros = optax.tree.zeros_like(shapes)
-        total, _ = jax.lax.scan(add_part, zeros, rows)
-        gradients, metrics = jax.tree.map(lambda x: x / parts, total)
-    if axis_name is not None:
-        gradients, metrics = jax.lax.pmean((gradients, metrics), axis_name)
+    rows = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
+    rows["drop_path_key"] = jax.random.split(drop_path_key, parts)
+    shapes = jax.eval_shape(
+        lambda: gradient_of(params, jax.tree.map(lambda x: x[0], rows), drop_path_key)
+    )
+    total, _ = jax.lax.scan(add_part, optax.tree.zeros_like(shapes), rows)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def apply_gradients(
+    state: TrainState,
+    gradients: PyTree,
+    metrics: Metrics,
+    *,
+    optimizer: optax.GradientTransformation,
+    config: FrozenConfigDict,
+) -> tuple[TrainState, Metrics]:
+    """The second half of `train_step`: the optimizer's step, and the average's.
+
+    Gradients or a loss that are not finite change nothing but the counts.
+
+    Args:
+      state: before the step.
+      gradients: of the whole batch.
+      metrics: of the whole batch.
+      optimizer: as in `init_state`.
+      config: a run's settings.
+    """
+    metrics = {**metrics, "gradient_norm": optax.tree.norm(gradients)}
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+    skipped = state.skipped + ~is_finite
+    goes_on = skipped <= config.max_skipped_steps
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -132,8 +179,9 @@ def train_step(
     if average is not None:
         decay = recipe.average_decay(config.ema_decay, state.step, config.ema_warmup)
         average = recipe.update_average(average, params, decay)
-    metrics["gradient_norm"] = optax.tree.norm(gradients)
-    return TrainState(state.step + 1, params, opt_state, average), metrics
+    new, old = (params, opt_state, average), (state.params, state.opt_state, state.average)
+    new = jax.tree.map(lambda n, o: jnp.where(is_finite & goes_on, n, o), new, old)
+    return TrainState(state.step + goes_on, *new, skipped), metrics | {"skipped": skipped}
 
 
 def augment(

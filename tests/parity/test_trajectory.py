@@ -189,6 +189,7 @@ def run_ours(case: Case) -> Trajectory:
             params=params,
             opt_state=optimizer.init(params),
             average=jax.tree.map(jnp.copy, params),
+            skipped=jnp.zeros((), jnp.int32),
         )
         step = jax.jit(
             functools.partial(train_step, model=model, optimizer=optimizer, config=config),

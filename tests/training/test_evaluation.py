@@ -95,7 +95,14 @@ def test_step_normalises_and_sums_over_all_devices():
     step = functools.partial(eval_step, model=PixelsAsLogits(), config=FrozenConfigDict(config))
     mapped = jax.vmap(step, axis_name="batch", in_axes=(None, 0), out_axes=(None, 0))
     batches = batches_of({"image": images, "label": labels}, 4)
-    result = evaluate(jax.jit(mapped), {"val": jnp.float32(2)}, batches, devices=2)["val"]
+    weights = {"val": jnp.float32(2)}
+    result = evaluate(
+        jax.jit(mapped),
+        weights,
+        batches,
+        put=lambda batch: {k: v.reshape(2, -1, *v.shape[1:]) for k, v in batch.items()},
+        own_rows=lambda rows: np.asarray(rows).reshape(-1),
+    )["val"]
 
     pixels = (images / 255 - np.array(config.mean)) / np.array(config.std)
     expected = expected_of(2 * pixels.reshape(6, -1)[:, :CLASSES], labels)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from convnext_jax import ConvNextForImageClassification, ConvNextImageProcessor, InputError
 from convnext_jax.data import pipeline, sources
-from convnext_jax.training import loop
+from convnext_jax.training import loop, parallel
 from convnext_jax.training.config import default_config
 from convnext_jax.training.metrics import MetricsWriter, read_rows
 
@@ -145,10 +145,10 @@ def test_run_that_ended_is_not_trained_again(finished, monkeypatch):
     workdir, final = finished
     before = (workdir / "metrics.jsonl").read_text()
 
-    def split(*_):
+    def train_step(*_):
         raise Stopped
 
-    monkeypatch.setattr(loop, "split", split)  # what every step starts with
+    monkeypatch.setattr(parallel.DataParallel, "train_step", lambda *_: train_step)
     assert loop.train(toy_config(), workdir) == final
     assert (workdir / "metrics.jsonl").read_text() == before
 

@@ -16,9 +16,8 @@ from ml_collections import FrozenConfigDict
 
 from convnext_jax import ConvNextConfig, ConvNextForImageClassification
 from convnext_jax.image.augment import normalize
-from convnext_jax.training import recipe
+from convnext_jax.training import parallel, recipe
 from convnext_jax.training.config import default_config
-from convnext_jax.training.evaluation import split
 from convnext_jax.training.step import augment, init_state, train_step
 
 
@@ -68,39 +67,33 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-def losses_on(devices: int, parts: int) -> list[float]:
+def losses_on(layout: str, devices: int, parts: int) -> list[float]:
     """The losses of 12 steps of a toy run with drop path and mixing, on so many devices.
 
     Batches of one part also have all other augmentation.
     """
+    parallel._SMALLEST_SHARDED = 1
     changes = {} if parts == 1 else {**PLAIN, "mixup": 0.8}
-    config = toy_config(gradient_accumulation=parts, **changes)
+    config = toy_config(gradient_accumulation=parts, gradient_clip=1.0, **changes)
     model = toy_model(axis_name="batch")
-    state, optimizer = start(model, recipe.warmup_cosine(1e-2, 3, 12))
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("batch",))
-    state = jax.device_put(
-        state,
-        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
-    )
-    step = jax.pmap(
-        lambda state, batch, key: train_step(
-            state, batch, key, model=model, optimizer=optimizer, config=config
-        ),
-        axis_name="batch",
-        in_axes=(None, 0, None),
-        out_axes=(None, None),
-        devices=jax.devices()[:devices],
-    )
+    state, optimizer = start(model, recipe.warmup_cosine(1e-2, 3, 12), muon=True)
+    run = parallel.layout(layout, jax.devices()[:devices])
+    state = jax.device_put(state, run.state_sharding(state))
+    step, key = run.train_step(model, optimizer, config), jax.random.key(2)
+    key = jax.device_put(key, run.state_sharding(key))
     losses = []
     for i in range(12):
-        state, metrics = step(state, split(toy_batch(i, 16), devices, parts), jax.random.key(2))
+        state, metrics = step(state, run.put(toy_batch(i, 16), parts), key)
         losses.append(float(metrics["loss"]))
+    kernel = state.params["convnext"]["encoder"]["stages_1"]["layers_0"]["pwconv1"]["kernel"]
+    share = devices if layout == "sharded" else 1
+    assert kernel.addressable_shards[0].data.size == kernel.size // share
     return losses
 
 
 @pytest.mark.parametrize(("devices", "parts"), [(4, 1), (2, 2)])
-def test_number_of_devices_does_not_matter(devices, parts):
-    """Each number in a process of its own, since devices are counted once a process."""
+def test_layout_over_devices_does_not_matter(devices, parts):
+    """In a process of its own, since devices are counted once a process."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -108,14 +101,17 @@ def test_number_of_devices_does_not_matter(devices, parts):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "PYTHONPATH": str(Path(__file__).parent),
     }
-    runs = f"[t.losses_on(n, {parts}) for n in (1, {devices})]"
+    layouts = [("pmap", 1), ("pmap", devices), ("sharded", devices)]
+    runs = f"[t.losses_on(*layout, {parts}) for layout in {layouts}]"
     program = f"import json, test_step as t; print(json.dumps({runs}))"
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
-    one, several = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    one, several, sharded = json.loads(done.stdout.splitlines()[-1])
     assert len(set(one)) == 12
     np.testing.assert_allclose(several, one, rtol=1e-5)
+    np.testing.assert_allclose(sharded, one, rtol=1e-5)
 
 
 def test_step_without_an_axis_equals_the_mapped_one():
@@ -129,7 +125,7 @@ def test_step_without_an_axis_equals_the_mapped_one():
         lambda s, b, k: train_step(s, b, k, model=mapped, **options),
         axis_name="batch", in_axes=(None, 0, None), out_axes=(None, None),
     )  # fmt: skip
-    other, _ = mapped_step(state, split(batch, 1), key)
+    other, _ = mapped_step(state, jax.tree.map(lambda x: x[None], batch), key)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         # Adam's first step is lr * sign(gradient): rounding shows where the gradient is nearly 0.
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
@@ -152,6 +148,38 @@ def test_randomness_changes_with_the_step_and_the_key():
     losses = {(step, seed): loss(step, seed) for step in (0, 1) for seed in (0, 1)}
     assert len(set(losses.values())) == 4
     assert loss(1, 0) == losses[1, 0]
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    model = toy_model()
+    state, optimizer = start(model, lambda step: 1e-2)
+    config = toy_config(max_skipped_steps=1, **PLAIN)
+    step = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, config=config))
+    key = jax.random.key(2)
+    spoilt = jax.tree.map(lambda x: x, state.params)
+    spoilt["classifier"]["bias"] = spoilt["classifier"]["bias"].at[0].set(jnp.nan)
+    before = state.replace(params=spoilt)
+
+    def unchanged(after):
+        parts = ("params", "opt_state", "average")
+        return jax.tree.all(
+            jax.tree.map(
+                functools.partial(np.array_equal, equal_nan=True),
+                [getattr(before, part) for part in parts],
+                [getattr(after, part) for part in parts],
+            )
+        )
+
+    once, metrics = step(before, toy_batch(0, 8), key)
+    assert np.isnan(metrics["loss"])
+    assert unchanged(once)
+    assert (int(once.step), int(once.skipped)) == (1, 1)
+    # One too many: the run is over, and stays where it was before that step.
+    twice, _ = step(once, toy_batch(1, 8), key)
+    again, _ = step(twice.replace(params=state.params), toy_batch(2, 8), key)
+    assert unchanged(twice)
+    assert jax.tree.all(jax.tree.map(np.array_equal, again.params, state.params))
+    assert (int(twice.step), int(twice.skipped), int(again.step)) == (1, 2, 1)
 
 
 def test_average_moves_once_a_step_towards_the_weights():
