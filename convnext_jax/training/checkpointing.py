@@ -115,6 +115,7 @@ def restore(
             continue
         for damaged in steps[: steps.index(step)]:
             _set_aside(checkpoints, damaged)
+        checkpoints.reload()  # otherwise it takes the steps of those for saved
         return state, data
     if steps:
         raise InputError(
@@ -147,8 +148,12 @@ def _removing_what_failed(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
         raise OSError(f"a checkpoint could not be written ({_short(error)})") from error
 
 
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def _short(error: BaseException) -> str:
+    """The reason among what tensorstore says, which stands at the end of the first error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split(" [")[0].split())
+    return "..." + text[-200:] if len(text) > 200 else text or type(error).__name__
 
 
 def _restore(

@@ -1,0 +1,242 @@
+"""Runs as they are started, stopped and continued: on other devices, after kills, on a full disk.
+
+`train.py` takes this file for its configuration: a toy network, with all the randomness of a run.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from ml_collections import ConfigDict
+
+from convnext_jax.training.config import default_config
+from convnext_jax.training.metrics import read_rows
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+STEPS = 50
+
+pytestmark = pytest.mark.slow
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.data = ConfigDict({"name": "digits", "val_fraction": 0.2, "split_seed": 0})
+    config.image_size = 8
+    config.crop_pct = 1.0
+    config.mix_group = 8
+    config.model.patch_size = 2
+    config.model.depths = (1, 1)
+    config.model.hidden_sizes = (32, 64)  # so that some parameters are large enough to be sharded
+    config.model.drop_path_rate = 0.3
+    config.model.layer_scale_init_value = 1.0
+    config.batch_size = 64
+    config.epochs = STEPS / 22
+    config.warmup_epochs = 0.5
+    config.ema_decay = 0.9
+    config.checkpoint_every_epochs = 3.5 / 22
+    config.log_every_steps = 1
+    config.log_example_ids = True
+    config.loader_workers = 1
+    return config
+
+
+def start(
+    workdir: Path, *flags: str, devices: int = 8, layout: str = "pmap", cache: Path | None = None
+) -> subprocess.Popen:
+    """A run as a process of its own; what it says goes to a file beside its folder."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Without one, two processes that compile at unequal speed would wait for each other too
+        # long: of several, only the first writes into it.
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_ENABLE_COMPILATION_CACHE": "0" if cache is None else "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, str(TRAIN), f"--config={__file__}", f"--workdir={workdir}"]
+    command += [f"--config.parallelism={layout}", *flags]
+    with log_of(workdir).open("ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def log_of(workdir: Path) -> Path:
+    return workdir.with_name(workdir.name + ".log")
+
+
+def ends_well(process: subprocess.Popen, workdir: Path) -> None:
+    assert process.wait(600) == 0, log_of(workdir).read_text()[-3000:]
+
+
+def until(process: subprocess.Popen, holds) -> None:
+    """Waits for something that a run is to do before it ends."""
+    for _ in range(60_000):
+        if holds() or process.poll() is not None:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run did not come to it")
+
+
+def steps_of(workdir: Path) -> int:
+    """The last step that a run has started, of this start or an earlier one."""
+    rows = read_rows(workdir / "examples.jsonl")
+    return rows[-1]["step"] if rows else 0
+
+
+def last_state(workdir: Path) -> dict:
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(workdir.absolute() / "checkpoints" / str(STEPS) / "state")
+
+
+def assert_equal_runs(workdir: Path, other: Path) -> None:
+    """Every bit of the weights, of their average, of the optimizer and of the figures."""
+    for name in ("metrics.jsonl", "examples.jsonl"):
+        assert (workdir / name).read_bytes() == (other / name).read_bytes(), name
+    theirs = {jax.tree_util.keystr(p): x for p, x in jax.tree.leaves_with_path(last_state(other))}
+    ours = {jax.tree_util.keystr(p): x for p, x in jax.tree.leaves_with_path(last_state(workdir))}
+    assert ours.keys() == theirs.keys()
+    assert any("average" in name for name in ours)
+    for name, x in ours.items():
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(theirs[name]), err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """Folders of runs that nothing happened to, on 8 devices, by layout."""
+    root = tmp_path_factory.mktemp("whole")
+    for layout in ("pmap", "sharded"):
+        ends_well(start(root / layout, layout=layout, cache=cache), root / layout)
+    return {layout: root / layout for layout in ("pmap", "sharded")}
+
+
+def test_curve_is_the_same_on_any_devices(whole, tmp_path, cache):
+    folders = dict(whole)
+    for layout in ("pmap", "sharded"):
+        for devices in (1, 2):
+            workdir = folders[f"{layout} {devices}"] = tmp_path / f"{layout}_{devices}"
+            ends_well(start(workdir, layout=layout, devices=devices, cache=cache), workdir)
+        workdir = folders[f"{layout} 2 x 4"] = tmp_path / f"{layout}_of_two"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        flags = [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+        both = [
+            start(workdir, *flags, f"--process={i}", layout=layout, devices=4) for i in range(2)
+        ]
+        for process in both:
+            ends_well(process, workdir)
+    curves = {
+        name: np.array([row["train/loss"] for row in read_rows(workdir / "metrics.jsonl")
+                        if "train/loss" in row])
+        for name, workdir in folders.items()
+    }  # fmt: skip
+    one = curves["pmap 1"]
+    assert len(set(one.tolist())) == STEPS
+    for name, curve in curves.items():
+        print(f"{name:>14}: largest relative difference {np.abs(curve / one - 1).max():.1e}")
+        np.testing.assert_allclose(curve, one, rtol=1e-5, err_msg=name)
+    finals = [json.loads((w / "metrics.json").read_text()) for w in folders.values()]
+    for final in finals:
+        assert final["val/top1"] == finals[0]["val/top1"]
+        assert final["val_ema/loss"] == pytest.approx(finals[0]["val_ema/loss"], rel=1e-5)
+
+
+def test_killed_twenty_times(whole, tmp_path, cache):
+    workdir = tmp_path / "run"
+    rng = random.Random(0)
+    during_saves = 0
+    for number in range(20):
+        process = start(workdir, cache=cache)
+        if number % 4 == 3:  # in the middle of a save
+            saving = lambda: any((workdir / "checkpoints").glob("*tmp*"))  # noqa: E731
+            until(process, saving)
+            during_saves += saving()
+        else:
+            rows = workdir / "examples.jsonl"
+            before = rows.stat().st_mtime_ns if rows.exists() else 0
+            until(process, lambda: rows.exists() and rows.stat().st_mtime_ns > before)  # noqa: B023
+            time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() in (-signal.SIGKILL, 0)
+    ends_well(start(workdir, cache=cache), workdir)
+    assert during_saves > 0
+    assert_equal_runs(workdir, whole["pmap"])
+
+
+@pytest.mark.parametrize("layout", ["pmap", "sharded"])
+def test_sigterm_saves_and_asks_to_be_started_again(layout, whole, tmp_path, cache):
+    workdir = tmp_path / "run"
+    process = start(workdir, layout=layout, cache=cache)
+    until(process, lambda: steps_of(workdir) >= 10)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == os.EX_TEMPFAIL
+    said = log_of(workdir).read_text()
+    assert "train.py: asked to end, saved step" in said
+    assert "Traceback" not in said
+    ends_well(start(workdir, layout=layout, cache=cache), workdir)
+    assert "resumed from step" in log_of(workdir).read_text()
+    assert_equal_runs(workdir, whole[layout])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "devices"), [("sharded", "pmap", 1), ("pmap", "sharded", 8)]
+)
+def test_checkpoint_goes_to_another_layout(before, after, devices, whole, tmp_path, cache):
+    """The evaluation of the last state is made anew, on other devices, and says the same."""
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[before], workdir)
+    (workdir / "metrics.json").unlink()
+    ends_well(start(workdir, layout=after, devices=devices, cache=cache), workdir)
+    assert f"resumed from step {STEPS}" in log_of(workdir).read_text()
+    ours, theirs = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (workdir, whole[before])
+    )
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert ours["val/top1"] == theirs["val/top1"]
+
+
+@pytest.mark.parametrize("failed_save", ["stop", "continue"])
+def test_disk_that_is_full(failed_save, whole, tmp_path, cache):
+    """The real writer fails, since no file may grow beyond a limit for a while."""
+    workdir = tmp_path / "run"
+    process = start(workdir, f"--config.failed_save={failed_save}", cache=cache)
+    checkpoints = workdir / "checkpoints"
+    until(
+        process, lambda: checkpoints.exists() and any(p.name == "3" for p in checkpoints.iterdir())
+    )
+    unlimited = resource.RLIM_INFINITY
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, unlimited))
+    until(process, lambda: "could not be written" in log_of(workdir).read_text())
+    if process.poll() is None:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (unlimited, unlimited))
+    status = process.wait(300)
+    said = log_of(workdir).read_text()
+    assert "File too large" in said
+    assert "Traceback" not in said
+    if failed_save == "continue":
+        assert status == 0
+        assert "goes on without it" in said
+    else:
+        assert status == 2
+        assert "Make room" in said
+        assert not any(checkpoints.glob("*tmp*"))
+        ends_well(start(workdir, cache=cache), workdir)
+        assert "resumed from step" in log_of(workdir).read_text()
+    assert_equal_runs(workdir, whole["pmap"])
