@@ -143,6 +143,33 @@ def stratified_split(
     Raises:
       InputError: a fraction outside (0, 1), or one that holds out nothing.
     """
+    take = _quotas(labels, fraction)
+
+    def rank(index: int) -> bytes:
+        return hashlib.sha256(f"{seed}/{keys[index]}".encode("utf-8", "surrogateescape")).digest()
+
+    held_out = np.zeros(len(labels), bool)
+    for label, number in enumerate(take):
+        members = sorted(np.flatnonzero(labels == label), key=rank)
+        held_out[members[:number]] = True
+    return held_out
+
+
+def split_by_number(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """`stratified_split` by the numbers of the examples for their keys, for millions of them."""
+    take = _quotas(labels, fraction)
+    place = np.arange(len(labels), dtype=np.uint64)
+    rank = _scramble(place + _scramble(np.array([seed], np.uint64)))
+    order = np.lexsort((rank, labels))
+    counts = np.bincount(labels)
+    place_in_class = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[order]]
+    held_out = np.zeros(len(labels), bool)
+    held_out[order[place_in_class < take[labels[order]]]] = True
+    return held_out
+
+
+def _quotas(labels: np.ndarray, fraction: float) -> np.ndarray:
+    """How many examples of each class to hold out."""
     if not 0 < fraction < 1:
         raise InputError(f"the held-out fraction must be above 0 and below 1, not {fraction}")
     counts = np.bincount(labels)
@@ -158,12 +185,12 @@ def stratified_split(
             f"{len(labels)} examples are too few to hold out a fraction of {fraction};"
             " add examples or raise the fraction"
         )
+    return take
 
-    def rank(index: int) -> bytes:
-        return hashlib.sha256(f"{seed}/{keys[index]}".encode("utf-8", "surrogateescape")).digest()
 
-    held_out = np.zeros(len(labels), bool)
-    for label, number in enumerate(take):
-        members = sorted(np.flatnonzero(labels == label), key=rank)
-        held_out[members[:number]] = True
-    return held_out
+def _scramble(numbers: np.ndarray) -> np.ndarray:
+    """Different numbers that look random for different ones, uint64: those of SplitMix64."""
+    numbers = numbers * np.uint64(0x9E3779B97F4A7C15)
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))

@@ -63,7 +63,7 @@ class Record(NamedTuple):
         Raises:
           InputError: the file is not there, or damaged, or the record holds no picture.
         """
-        reader = open_records(self.path)
+        reader = _kept_reader(self.path)
         try:
             (record,) = reader.read([self.number])
         except (RuntimeError, ValueError) as error:
@@ -122,6 +122,9 @@ def open_records(path: str) -> Any:
     if not reader.ok():
         raise InputError(f"{path} is no ArrayRecord file, or damaged or cut off; fetch it again")
     return reader
+
+
+_kept_reader = functools.cache(open_records)  # each process opens a file once
 
 
 def picture_of(record: bytes, name: str) -> bytes:

@@ -28,7 +28,9 @@ from convnext_jax.data.dataset import (
     digest,
     stratified_split,
 )
+from convnext_jax.data.libraries import hf_datasets, tfds
 from convnext_jax.data.photo import decode_photo, read_photo
+from convnext_jax.data.shards import array_record, tar_shards
 from convnext_jax.errors import InputError
 
 FASHION_MNIST_CLASSES = (
@@ -165,7 +167,7 @@ def load(
         in two by `stratified_split` over the names of its examples, and this share of it stands in
         for val; val itself is out of reach.
       tune_seed: which of the possible splits.
-      arguments: of the data set's function.
+      arguments: of the data set's function; None leaves one at its default.
 
     Raises:
       InputError: no such name, arguments that data set does not take or lacks, or a share that is
@@ -174,6 +176,7 @@ def load(
     if name not in DATASETS:
         raise InputError(f"no data set is called {name!r}; there are: {', '.join(DATASETS)}")
     function = DATASETS[name]
+    arguments = {key: value for key, value in arguments.items() if value is not None}
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
@@ -354,10 +357,14 @@ def _image_folder(folder: str | os.PathLike[str], val_fraction: float, split_see
 
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
+    "array_record": array_record,
     "cifar10": cifar10,
     "digits": digits,
     "fashion_mnist": fashion_mnist,
+    "hf_datasets": hf_datasets,
     "image_folder": image_folder,
+    "tar_shards": tar_shards,
+    "tfds": tfds,
 }
 
 
