@@ -107,9 +107,8 @@ def file_system(url: str) -> tuple[Any, str]:
 # ArrayRecord -------------------------------------------------------------------------------------
 
 
-@functools.cache
 def open_records(path: str) -> Any:
-    """The reader of an ArrayRecord file; each process opens it once, for all of its threads.
+    """The reader of an ArrayRecord file, which any threads may share.
 
     Raises:
       InputError: no such file, or another kind of file, or a damaged one.

@@ -40,7 +40,7 @@ from convnext_jax.errors import InputError
 CLASSES = "classes.json"  # what `pack` writes: a list of names
 
 # For fewer files than this a process, it gains less than its start costs.
-_FILES_A_PROCESS = 4
+_FILES_A_PROCESS = 32
 _MOST_PROCESSES = 16
 _FORMAT = 1  # of an index file
 
