@@ -3,6 +3,7 @@
 Neither is a dependency. Both give the encoded pictures, which are decoded here like all others.
 """
 
+import contextlib
 import hashlib
 import importlib
 import os
@@ -251,5 +252,6 @@ def _kept(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
             np.save(file, array)
         unfinished.replace(path)
     except OSError:  # then it is made anew the next time
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
     return array
