@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -164,7 +163,5 @@ sys.exit(cli.main(["shards", *sys.argv[1:]]))
             assert process.stdout.readline()
         assert len(list(tmp_path.iterdir())) == 2  # it is at it
         os.kill(process.pid, signal.SIGINT)
-        start = time.monotonic()
-        assert process.wait() == 130, process.stderr.read()
-        assert time.monotonic() - start < 20
+        assert process.wait(60) == 130, process.stderr.read()
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
