@@ -3,6 +3,9 @@
     python train.py --config configs/imagenet1k.py:base --config.data.folder=FOLDER
 
 FOLDER holds `train/<class>/*` and `val/<class>/*`: 1,281,167 and 50,000 photos of 1,000 classes.
+With --config.data.name=tar_shards it holds `*train*.tar` and `*val*.tar` in webdataset's layout, or
+those that --config.data.train='imagenet-train-{000000..001281}.tar' and data.val say; with
+array_record or tfds what TensorFlow Datasets has prepared. docs/training.md has the others.
 The row follows the colon; without one it is `tiny`.
 
     row               top-1   parameters   multiply-adds   8 GPUs on each of   images a GPU
@@ -25,7 +28,7 @@ published rows.
 Settings: `TRAINING.md` of facebookresearch/ConvNeXt, and table 5 of arXiv:2201.03545.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from convnext_jax.configuration import PRESETS
 from convnext_jax.errors import InputError
@@ -49,7 +52,14 @@ def get_config(row: str = "tiny") -> ConfigDict:
         raise InputError(f"there is no row {row!r} in imagenet1k.py: choose from {', '.join(ROWS)}")
     config, values = default_config(), ROWS[row]
     with config.unlocked():
-        config.data = ConfigDict({"name": "image_folder", "folder": "data/imagenet-1k"})
+        config.data = ConfigDict(
+            {
+                "name": "image_folder",
+                "folder": "data/imagenet-1k",
+                "train": config_dict.placeholder(str),  # of shards: patterns, or splits
+                "val": config_dict.placeholder(str),
+            }
+        )
     if row.startswith("isotropic_"):
         config.model.model_type = "convnext_isotropic"
         config.model.patch_size = 16

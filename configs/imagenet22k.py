@@ -3,8 +3,10 @@
     python train.py --config configs/imagenet22k.py:base --config.data.folder=FOLDER
 
 FOLDER holds `<class>/*` for each of the 21,841 classes of the release of fall 2011, some 14.2
-million photos. The row follows the colon; without one it is `base`. `configs/finetune.py` makes a
-classifier of the 1,000 classes of it.
+million photos. With --config.data.name=tar_shards it holds `*.tar` in webdataset's layout, or those
+that --config.data.train='imagenet22k-train-{0000..4095}.tar' says; docs/training.md has the others.
+The row follows the colon; without one it is `base`. `configs/finetune.py` makes a classifier of the
+1,000 classes of it.
 
     row       top-1 after fine-tuning at 224 / 384   parameters   multiply-adds
     tiny                               82.9 / 84.1       44.6 M           4.5 G
@@ -23,10 +25,10 @@ tiny and small no command was released; their drop path is that of table 5 of ar
 GPUs the authors take 16.
 
 One difference: the authors train on every photo and evaluate on none. Here one in a thousand is
-held out, unless FOLDER has `train/` and `val/`, and is evaluated once, at the end.
+held out, unless FOLDER has `train/` and `val/`, or `*val*.tar`, and is evaluated once, at the end.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from convnext_jax.configuration import PRESETS
 from convnext_jax.errors import InputError
@@ -53,6 +55,8 @@ def get_config(row: str = "base") -> ConfigDict:
             {
                 "name": "image_folder",
                 "folder": "data/imagenet-22k",
+                "train": config_dict.placeholder(str),  # of shards: patterns, or splits
+                "val": config_dict.placeholder(str),
                 "val_fraction": 0.001,
                 "split_seed": 0,
             }

@@ -3,9 +3,11 @@
     convnext-jax classify MODEL IMAGE [IMAGE ...] [--json] [--top 5]
     convnext-jax evaluate MODEL DATA [--json] [--labels FILE] [--batch-size 32]
     convnext-jax convert SOURCE FOLDER [--preset NAME] [--config FILE] [--labels FILE] [--size 224]
+    convnext-jax shards PICTURES FOLDER [--format tar] [--shard-mb 256] [--seed 0]
 
 MODEL is a folder or a hub name, and so is SOURCE, or one file of weights; DATA is a folder with one
-folder of pictures a class. What the user got wrong is one line on stderr and exit status 2.
+folder of pictures a class, and so is PICTURES, or one of two of these, train and val. What the user
+got wrong is one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
@@ -98,6 +100,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     convert_parser.add_argument("--revision", metavar="NAME", help="of the hub repository")
     convert_parser.set_defaults(run=convert_command)
+    shards_parser = commands.add_parser(
+        "shards",
+        help="copy a folder of pictures into few large files, to train from",
+        description="Writes class folders of pictures as tar archives in webdataset's layout, or "
+        "as ArrayRecord files in that of TensorFlow Datasets; the pictures' bytes stay as they "
+        "are. FOLDER appears when it is complete.",
+    )
+    shards_parser.add_argument(
+        "pictures",
+        metavar="PICTURES",
+        help="a folder of train/<class>/* and val/<class>/*, or of <class>/*",
+    )
+    shards_parser.add_argument("folder", metavar="FOLDER", help="what to write; must not exist")
+    shards_parser.add_argument(
+        "--format", choices=("tar", "array_record"), default="tar", help="default tar"
+    )
+    shards_parser.add_argument(
+        "--shard-mb", type=_positive, default=256, metavar="N", help="MiB a file (default 256)"
+    )
+    shards_parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the order and the split (default 0)"
+    )
+    shards_parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="held out where there is no val (default 0.2)",
+    )
+    shards_parser.set_defaults(run=shards_command)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -254,6 +286,33 @@ def convert_command(options: argparse.Namespace) -> None:
         f"{'-'.join(map(str, config.hidden_sizes))}, depths {'-'.join(map(str, config.depths))}, "
         f"{made.classes} classes, {made.parameters:,} parameters, from the names of "
         f"{made.publisher}"
+    )
+
+
+def shards_command(options: argparse.Namespace) -> None:
+    """Writes the shards and says how to train from them."""
+    try:
+        from convnext_jax.data.pack import pack
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("convnext_jax"):
+            raise
+        raise InputError(
+            f"shards needs {error.name}, which is not installed: pip install 'convnext-jax[train]'"
+        ) from None
+
+    made = pack(
+        options.pictures,
+        options.folder,
+        kind=options.format,
+        shard_bytes=options.shard_mb * 2**20,
+        seed=options.seed,
+        val_fraction=options.val_fraction,
+    )
+    name = {"tar": "tar_shards"}.get(options.format, options.format)
+    print(
+        f"{options.folder}: {made['shards']:,} shards with {made['train']:,} pictures to train on "
+        f"and {made['val']:,} held out, of {made['classes']:,} classes; train.py reads them with "
+        f"--config.data.name={name} --config.data.folder={options.folder}"
     )
 
 

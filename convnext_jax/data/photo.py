@@ -18,7 +18,6 @@ What is not an ordinary JPEG file (other formats, CMYK, damaged or cut short, an
 
 import functools
 import math
-import os
 import struct
 import threading
 from collections.abc import Callable
@@ -30,6 +29,7 @@ import PIL.Image
 import simplejpeg
 from PIL.Image import Resampling
 
+from convnext_jax.data.encoded import Content, Encoded, Record, Span
 from convnext_jax.image.decode import decode_image, read_image
 from convnext_jax.image.resample import PRECISION_BITS, plan_resize
 
@@ -38,14 +38,14 @@ __all__ = ["decode_photo", "read_crop", "read_photo", "resize_crop"]
 Box = tuple[int, int, int, int]  # top, left, height, width, in pixels
 
 
-def read_photo(path: str | os.PathLike) -> np.ndarray:
+def read_photo(file: str | Encoded) -> np.ndarray:
     """`read_image`, faster where the file is an ordinary JPEG: the same pixels, the same errors."""
-    header, content = _open(path)
+    header, content = _open(file)
     if header is not None:
         image = _decode(content, header, strict=True)
         if image is not None:
             return _turn(image, header.orientation).copy()  # out of the thread's buffer
-    return read_image(path)
+    return _by_pillow(file, content)
 
 
 def decode_photo(content: bytes, name: str) -> np.ndarray:
@@ -59,7 +59,7 @@ def decode_photo(content: bytes, name: str) -> np.ndarray:
 
 
 def read_crop(
-    path: str | os.PathLike,
+    file: str | Encoded,
     pick_box: Callable[[int, int], Box],
     size: int,
     resample: Resampling = Resampling.BICUBIC,
@@ -68,7 +68,7 @@ def read_crop(
     """Read a picture file, cut a box out of it and resize that to a square.
 
     Args:
-      path: A picture file.
+      file: A picture file, or where else an encoded picture is.
       pick_box: From (height, width) of the upright picture to the box, within the picture.
       size: Side of the result, S, in pixels.
       resample: Pillow's filter.
@@ -83,7 +83,7 @@ def read_crop(
       InputError: Whatever `read_image` raises for the file; but damage below the box, where nothing
         is decoded, may pass unnoticed if the file ends as it should.
     """
-    header, content = _open(path)
+    header, content = _open(file)
     image = None
     if header is not None:
         height, width = header.upright
@@ -99,7 +99,7 @@ def read_crop(
         else:
             image = _decode(content, header, strict=True)
     if image is None:
-        image = read_image(path)
+        image = _by_pillow(file, content)
         box = pick_box(*image.shape[:2])
     else:
         image = _turn(image, header.orientation)
@@ -124,14 +124,23 @@ class _Header(NamedTuple):
         return (self.height, self.width) if self.orientation < 5 else (self.width, self.height)
 
 
-def _open(path: str | os.PathLike) -> tuple[_Header | None, bytes]:
-    """The content of a file and its header; no header if `read_image` is to see to it."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            content = file.read()
-    except OSError:
-        return None, b""
+def _open(file: str | Encoded) -> tuple[_Header | None, bytes]:
+    """The content of a file and its header; no header if `_by_pillow` is to see to it."""
+    if isinstance(file, Span | Record | Content):
+        content = file.read()
+    else:
+        try:
+            with open(file, "rb", buffering=0) as opened:
+                content = opened.read()
+        except OSError:
+            return None, b""
     return _parse(content), content
+
+
+def _by_pillow(file: str | Encoded, content: bytes) -> np.ndarray:
+    if isinstance(file, Span | Record | Content):
+        return decode_image(content, file.name)
+    return read_image(file)  # which says what is wrong with the file
 
 
 def _parse(content: bytes) -> _Header | None:

@@ -18,7 +18,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import grain
@@ -26,7 +25,9 @@ import numpy as np
 from PIL import Image
 
 from convnext_jax.data import photo
-from convnext_jax.data.sources import ArraySource, Source
+from convnext_jax.data.dataset import Source
+from convnext_jax.data.encoded import Encoded
+from convnext_jax.data.sources import ArraySource
 from convnext_jax.data.workers import Workers
 from convnext_jax.image.crop import CROP_DRAWS, sample_crop
 from convnext_jax.image.processor import resize_rule
@@ -93,7 +94,8 @@ def train_batches(
     crop = {"size": image_size, "scale": crop_scale, "ratio": crop_ratio, "resample": resample}
     read_crops = functools.partial(_read_crops, **crop)
     workers = None
-    if crop_scale is not None and source.file(0) is not None:
+    are_files = crop_scale is not None and source.file(0) is not None
+    if are_files:
         num_workers = min(_cores(), _MOST_PROCESSES) if num_workers is None else num_workers
         if num_workers >= _FEWEST_PROCESSES:
             read_crops = workers = Workers(read_crops, num_workers)
@@ -110,7 +112,7 @@ def train_batches(
             # of an example goes by its place in the run's stream.
             rng = np.random.default_rng((crop_seed, step))
             draws = rng.random((whole, *CROP_DRAWS))[own]
-            if source.file(0) is not None:
+            if are_files:
                 images = read_crops([source.file(index) for index in indices.tolist()], draws)
             else:
                 images = _crops(source, indices, draws, **crop)
@@ -146,7 +148,7 @@ class _BatchesOfWorkers(grain.DatasetIterator):
 
 
 def _read_crops(
-    files: Sequence[Path],
+    files: Sequence[Encoded],
     draws: np.ndarray,
     *,
     size: int,

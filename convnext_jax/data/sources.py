@@ -1,12 +1,9 @@
-"""Data sets as random-access sources: pictures in memory, folders of pictures, idx files.
+"""The data sets there are, by name, and those of pictures in memory and of folders of pictures.
 
-A source answers `source[i]` with one decoded example and knows its labels without decoding
-anything. Other storage (tar shards, ArrayRecord) joins by implementing `Source` and adding its
-function to `DATASETS`.
+Other storage joins by implementing `Source` and adding its function to `DATASETS`.
 """
 
 import gzip
-import hashlib
 import inspect
 import lzma
 import os
@@ -14,26 +11,27 @@ import struct
 import tarfile
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, TypedDict
+from typing import Any
 
 import numpy as np
 
+from convnext_jax.data.dataset import (
+    IMAGE_SUFFIXES,
+    Dataset,
+    Example,
+    Source,
+    Subset,
+    digest,
+    stratified_split,
+)
+from convnext_jax.data.libraries import hf_datasets, tfds
 from convnext_jax.data.photo import decode_photo, read_photo
+from convnext_jax.data.shards import array_record, tar_shards
 from convnext_jax.errors import InputError
-
-# Fixed here, not asked of Pillow: what an installation can decode differs between machines, and
-# the list of files, and with it the split, must not.
-# fmt: off
-IMAGE_SUFFIXES = frozenset((
-    ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
-    ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
-))
-# fmt: on
 
 FASHION_MNIST_CLASSES = (
     "T-shirt/top",
@@ -51,75 +49,16 @@ FASHION_MNIST_CLASSES = (
 CIFAR10_VAL_PER_CLASS = 500
 
 
-class Example(TypedDict):
-    """One example: `image` uint8 [H, W, 3] RGB, its class index, and its index in the source."""
-
-    image: np.ndarray
-    label: int
-    id: int
-
-
-class Source(Protocol):
-    """Random access to the examples of one split. Derive from it, for the sake of its defaults.
-
-    Attributes:
-      labels: int32 [N], the class index of every example.
-      size: (height, width) of the pictures where all have the same and `batch` exists, else None.
-    """
-
-    labels: np.ndarray
-    size: tuple[int, int] | None = None
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example:
-        """Decodes example `index`; raises `InputError` naming it if that is impossible."""
-        ...
-
-    def example_name(self, index: int) -> str:
-        """What a person would call example `index`: a path, or a place such as `digits/123`."""
-        ...
-
-    def batch(self, indices: np.ndarray) -> np.ndarray:
-        """The pictures of the examples `indices` [B] at once: a new array, uint8 [B, H, W, 3]."""
-        raise NotImplementedError
-
-    def file(self, index: int) -> Path | None:
-        """The picture file of example `index`, where a source's pictures are yet to be decoded.
-
-        Of all examples of a source, or None of each.
-        """
-        return None
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A training split, a held-out split, and the names of the classes both are labelled with."""
-
-    train: Source
-    val: Source
-    class_names: tuple[str, ...]
-
-
 def fingerprint(dataset: Dataset) -> dict[str, str]:
     """A digest of the class names and of each split's example names and labels.
 
     Two data sets with equal digests have the same examples under the same ids, as far as their
     names tell; the pictures are not read.
     """
-
-    def digest(lines: Iterable[str]) -> str:
-        return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-
-    def split(source: Source) -> str:
-        return digest(
-            f"{label} {source.example_name(i)}" for i, label in enumerate(source.labels.tolist())
-        )
-
     return {
         "classes": digest(dataset.class_names),
-        "train": split(dataset.train),
-        "val": split(dataset.val),
+        "train": dataset.train.digest(),
+        "val": dataset.val.digest(),
     }
 
 
@@ -189,6 +128,9 @@ class FolderSource(Source):
     def example_name(self, index: int) -> str:
         return str(self.root / self.paths[index])
 
+    def key(self, index: int) -> str:
+        return unicodedata.normalize("NFC", self.paths[index])
+
     def batch(self, indices: np.ndarray) -> np.ndarray:
         return self.images[indices]
 
@@ -214,36 +156,6 @@ class FolderSource(Source):
         return read_photo(self.root / self.paths[index])
 
 
-class Subset(Source):
-    """Some examples of another source, numbered anew from 0.
-
-    Args:
-      source: the other source.
-      members: integers [N], which of its examples, in order.
-    """
-
-    def __init__(self, source: Source, members: np.ndarray):
-        self.source = source
-        self.members = members
-        self.labels = source.labels[members]
-        self.size = source.size
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def __getitem__(self, index: int) -> Example:
-        return self.source[int(self.members[index])] | {"id": index}
-
-    def example_name(self, index: int) -> str:
-        return self.source.example_name(int(self.members[index]))
-
-    def batch(self, indices: np.ndarray) -> np.ndarray:
-        return self.source.batch(self.members[indices])
-
-    def file(self, index: int) -> Path | None:
-        return self.source.file(int(self.members[index]))
-
-
 def load(
     name: str, *, tune_fraction: float = 0.0, tune_seed: int = 0, **arguments: object
 ) -> Dataset:
@@ -255,7 +167,7 @@ def load(
         in two by `stratified_split` over the names of its examples, and this share of it stands in
         for val; val itself is out of reach.
       tune_seed: which of the possible splits.
-      arguments: of the data set's function.
+      arguments: of the data set's function; None leaves one at its default.
 
     Raises:
       InputError: no such name, arguments that data set does not take or lacks, or a share that is
@@ -264,6 +176,7 @@ def load(
     if name not in DATASETS:
         raise InputError(f"no data set is called {name!r}; there are: {', '.join(DATASETS)}")
     function = DATASETS[name]
+    arguments = {key: value for key, value in arguments.items() if value is not None}
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
@@ -277,9 +190,7 @@ def load(
         return data
 
     whole = data.train
-    names = [whole.example_name(i) for i in range(len(whole))]
-    if isinstance(whole, FolderSource):  # its names begin with where the folder lies
-        names = [unicodedata.normalize("NFC", path) for path in whole.paths]
+    names = [whole.key(i) for i in range(len(whole))]
     held_out = stratified_split(whole.labels, names, tune_fraction, tune_seed)
     train, val = (Subset(whole, np.flatnonzero(mask)) for mask in (~held_out, held_out))
     return Dataset(train, val, data.class_names)
@@ -435,7 +346,7 @@ def _image_folder(folder: str | os.PathLike[str], val_fraction: float, split_see
     classes = scan_classes(root)
     class_names = tuple(classes)
     everything = _folder_source(root, classes, {name: i for i, name in enumerate(class_names)})
-    keys = [unicodedata.normalize("NFC", path) for path in everything.paths]
+    keys = [everything.key(i) for i in range(len(everything))]
     held_out = stratified_split(everything.labels, keys, val_fraction, split_seed)
 
     def part(mask: np.ndarray) -> FolderSource:
@@ -446,58 +357,15 @@ def _image_folder(folder: str | os.PathLike[str], val_fraction: float, split_see
 
 
 DATASETS: dict[str, Callable[..., Dataset]] = {
+    "array_record": array_record,
     "cifar10": cifar10,
     "digits": digits,
     "fashion_mnist": fashion_mnist,
+    "hf_datasets": hf_datasets,
     "image_folder": image_folder,
+    "tar_shards": tar_shards,
+    "tfds": tfds,
 }
-
-
-def stratified_split(
-    labels: np.ndarray, keys: Sequence[str], fraction: float, seed: int
-) -> np.ndarray:
-    """Holds out `fraction` of the examples, the same share of every class to within one example.
-
-    Each class is ordered by a SHA-256 of seed and key, and its first examples are held out, so the
-    result is a function of the arguments alone: not of the order of the examples, the machine, or
-    the version of a random number generator. Every class keeps at least one training example.
-
-    Args:
-      labels: integers [N].
-      keys: N distinct strings that identify the examples.
-      fraction: share to hold out, above 0 and below 1.
-      seed: which of the possible splits.
-
-    Returns:
-      bool [N], True where the example is held out.
-
-    Raises:
-      InputError: a fraction outside (0, 1), or one that holds out nothing.
-    """
-    if not 0 < fraction < 1:
-        raise InputError(f"the held-out fraction must be above 0 and below 1, not {fraction}")
-    counts = np.bincount(labels)
-    quotas = counts * fraction
-    take = np.floor(quotas).astype(int)
-    missing = round(len(labels) * fraction) - int(take.sum())
-    # The classes that rounding down cut most get the examples that are still missing.
-    for label in np.argsort(take - quotas, kind="stable")[:missing]:
-        take[label] += 1
-    take = np.clip(take, 0, np.maximum(counts - 1, 0))
-    if take.sum() == 0:
-        raise InputError(
-            f"{len(labels)} examples are too few to hold out a fraction of {fraction};"
-            " add examples or raise the fraction"
-        )
-
-    def rank(index: int) -> bytes:
-        return hashlib.sha256(f"{seed}/{keys[index]}".encode("utf-8", "surrogateescape")).digest()
-
-    held_out = np.zeros(len(labels), bool)
-    for label, number in enumerate(take):
-        members = sorted(np.flatnonzero(labels == label), key=rank)
-        held_out[members[:number]] = True
-    return held_out
 
 
 def existing_folder(folder: str | os.PathLike[str]) -> Path:
