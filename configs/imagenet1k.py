@@ -50,6 +50,7 @@ def get_config(row: str = "tiny") -> ConfigDict:
     config, values = default_config(), ROWS[row]
     with config.unlocked():
         config.data = ConfigDict({"name": "image_folder", "folder": "data/imagenet-1k"})
+    config.plan_examples, config.plan_classes = 1_281_167, 1000
     if row.startswith("isotropic_"):
         config.model.model_type = "convnext_isotropic"
         config.model.patch_size = 16
