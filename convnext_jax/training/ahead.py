@@ -235,7 +235,7 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
     """
     sizes: dict[str, int] = {}
     kinds: dict[str, str] = {}
-    going_in, coming_out = {}, {}
+    going_in, coming_out, channels = {}, {}, {}
     for instruction in _instructions(program):
         name, operation, operands = instruction.name, instruction.operation, instruction.operands
         sizes[name] = _bytes(instruction.shape)
@@ -249,10 +249,18 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
         going_in[name] = sum(sizes.get(operand, 0) for operand in operands)
         # Of a start, the shape is that of what both halves share.
         coming_out[name] = 0 if operation.endswith("-start") else sizes[name]
-    totals = {}
-    for name, kind in kinds.items():
-        count, size = totals.get(kind, (0, 0))
-        totals[kind] = count + 1, size + max(going_in[name], coming_out[name])
+        channel = re.search(r"channel_id=(\d+)", instruction.text)
+        channels[name] = channel[1] if channel else name
+    # What TPUs do beside other work stands in the text once for each part of that work, all of the
+    # same channel and size.
+    exchanges = {
+        (kind, channels[name], max(going_in[name], coming_out[name]))
+        for name, kind in kinds.items()
+    }
+    totals: dict[str, tuple[int, int]] = {}
+    for kind, _, size in exchanges:
+        count, total = totals.get(kind, (0, 0))
+        totals[kind] = count + 1, total + size
     return totals
 
 

@@ -138,6 +138,13 @@ def test_collectives_in_two_halves_and_of_tuples():
     }
 
 
+def test_an_exchange_that_goes_on_beside_several_operations_counts_once():
+    line = next(line for line in TEXT.splitlines() if " all-gather-start(" in line)
+    whole = "  %part.{} = f32[4096]{{0:T(1024)}} all-gather(%a), channel_id={}, dimensions={{0}}"
+    again = "\n".join([line, whole.format(1, 1), whole.format(2, 1), whole.format(3, 7)])
+    assert ahead.collectives(TEXT.replace(line, again))["all-gather"] == (2, 2 * 4 * 4096)
+
+
 def test_traffic_leaves_out_what_stays_on_the_chip():
     read_for_fusion = 4 * 1024  # what it writes stays there, and so do its insides
     gather = 4 * 1024 + 4 * 4096
