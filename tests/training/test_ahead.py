@@ -280,7 +280,9 @@ def test_accumulated_parts_count_each(capsys):
     parts = rows_of(config, capsys)
     assert parts["batch"].endswith("x 64 in 4 parts")
     flops = [float(rows["arithmetic"].split(" ")[0]) for rows in (whole, parts)]
-    assert flops[1] == pytest.approx(flops[0], rel=0.2)
+    assert flops[1] == pytest.approx(
+        flops[0], rel=0.3
+    )  # what is outside the parts counts four times
 
 
 def test_data_that_is_not_there_needs_its_numbers(tmp_path):
@@ -357,8 +359,8 @@ def test_what_is_printed_of_a_described_slice(tmp_path):
 @needs_tpu_compiler
 def test_what_the_compiler_finds_too_large_is_said_with_what_is_known(tmp_path):
     rows = plan_rows(
-        "--plan=v5e:1x1", "--config.model.depths=(1,)", "--config.model.hidden_sizes=(16384,)",
-        cwd=tmp_path,
+        "--plan=v5e:2x2", "--config.model.depths=(1,)", "--config.model.hidden_sizes=(16384,)",
+        "--config.mix_group=8", cwd=tmp_path,
     )  # fmt: skip
     assert rows["parameters"].endswith(" GB")
     assert rows["fits"].startswith("no: RESOURCE_EXHAUSTED")
