@@ -280,9 +280,8 @@ def test_accumulated_parts_count_each(capsys):
     parts = rows_of(config, capsys)
     assert parts["batch"].endswith("x 64 in 4 parts")
     flops = [float(rows["arithmetic"].split(" ")[0]) for rows in (whole, parts)]
-    assert flops[1] == pytest.approx(
-        flops[0], rel=0.3
-    )  # what is outside the parts counts four times
+    # What is outside the parts counts four times.
+    assert flops[1] == pytest.approx(flops[0], rel=0.3)
 
 
 def test_data_that_is_not_there_needs_its_numbers(tmp_path):
