@@ -49,7 +49,7 @@ def in_process(program: str, devices: int = 8) -> str:
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -59,7 +59,7 @@ def plan_rows(*flags: str, cwd: Path) -> dict[str, str]:
     """The table that train.py prints, by the names of its rows."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *flags],
-        cwd=cwd, capture_output=True, text=True, timeout=300,
+        cwd=cwd, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return as_rows(done.stdout)
