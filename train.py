@@ -5,6 +5,8 @@
     python train.py --config configs/image_folder.py:finetune --config.data.folder=photos \
         --config.init_from=facebook/convnext-tiny-224
     python train.py --config configs/fashion_mnist.py --workdir runs/mine --config.batch_size=256
+    python train.py --config configs/imagenet1k.py --plan v5e:4x4    # what it would take there
+    python train.py --config configs/imagenet1k.py --plan            # and on this machine
 
 A run continues when it is started again with the same settings and the same --workdir. It ends
 with status 75 after SIGTERM, when it has saved its state: start it again.
@@ -34,6 +36,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs
 _PROFILE = flags.DEFINE_integer(
     "profile", 0, "Trace so many steps into the folder profile of the run.", lower_bound=0
 )
+_PLAN = flags.DEFINE_string(
+    "plan",
+    None,
+    "Do not train: say what it takes, on a TPU slice such as v5e:4x4 or on this machine.",
+)
 # Where JAX does not find out by itself, as it does on TPU pods and under Slurm and Open MPI.
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 of several.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many there are.", lower_bound=1)
@@ -49,6 +56,11 @@ def main(argv: list[str]) -> int:
     if not any(flag.lstrip("-").split("=")[0] == "config" for flag in argv[1:]):
         # Not as the flag's default, against which overrides would be checked before this function.
         argv = [argv[0], f"--config={DEFAULT_CONFIG}", *argv[1:]]
+    # `--plan` may stand alone, where absl would take the flag after it for its value.
+    argv = [
+        "--plan=" if flag == "--plan" and (not after or after.startswith("-")) else flag
+        for flag, after in zip(argv, [*argv[1:], ""], strict=True)
+    ]
     try:
         unknown = flags.FLAGS(argv)[1:]
         if unknown:
@@ -70,8 +82,11 @@ def main(argv: list[str]) -> int:
         return _complain(message.removeprefix("convnext_jax.errors.InputError: "))
 
     try:
-        from convnext_jax.training import loop, parallel  # after the flags: it takes seconds
+        from convnext_jax.training import ahead, loop, parallel  # after the flags: takes seconds
 
+        if _PLAN.value is not None:
+            ahead.print_forecast(config, _PLAN.value)
+            return 0
         _keep_compiled_programs()
         parallel.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         workdir = _WORKDIR.value or Path("runs") / "_".join([config_file.stem, *row])

@@ -73,6 +73,7 @@ def get_config(row: str = "22k_base_224") -> ConfigDict:
     _, network, side = row.split("_")
     with config.unlocked():
         config.data = ConfigDict({"name": "image_folder", "folder": "data/imagenet-1k"})
+    config.plan_examples, config.plan_classes = 1_281_167, 1000
     config.image_size = int(side)
     config.model.update(PRESETS[network])
     config.model.drop_path_rate = values["drop_path"]

@@ -71,6 +71,7 @@ def get_config(row: str = "base") -> ConfigDict:
     config = default_config()
     with config.unlocked():
         config.data = ConfigDict({"name": "image_folder", "folder": "data/imagenet-1k"})
+    config.plan_examples, config.plan_classes = 1_281_167, 1000
     config.model.update(PRESETS[row])
     config.model.model_type = "convnextv2"
     config.model.layer_scale_init_value = 0.0  # there is none

@@ -60,6 +60,7 @@ def get_config(row: str = "tiny") -> ConfigDict:
                 "val": config_dict.placeholder(str),
             }
         )
+    config.plan_examples, config.plan_classes = 1_281_167, 1000
     if row.startswith("isotropic_"):
         config.model.model_type = "convnext_isotropic"
         config.model.patch_size = 16

@@ -360,7 +360,9 @@ def test_the_command_line_takes_a_row_and_names_the_rows(tmp_path):
 def test_published_network(name, row):
     network, count, _ = ROWS[name][row]
     parameters, at_224, at_384 = NETWORKS[network]
-    fields = load(name, row).model
+    config = load(name, row)
+    assert config.plan_classes == count
+    fields = config.model
     fields.drop_path_rate = 0.0  # rows that differ in it alone have the same network
     assert parameter_count(FrozenConfigDict(fields), count) == parameters[count]
     config = ConvNextConfig(num_stages=len(fields.depths), num_labels=1000, **fields)
@@ -402,7 +404,9 @@ def test_network(name, row):
     ],
 )
 def test_published_steps(name, row, examples, steps, warmup, total):
-    plan = Plan(FrozenConfigDict(load(name, row)), examples)
+    config = load(name, row)
+    assert config.plan_examples == examples
+    plan = Plan(FrozenConfigDict(config), examples)
     assert (plan.steps_per_epoch, plan.warmup_steps, plan.total_steps) == (steps, warmup, total)
 
 
@@ -415,13 +419,14 @@ def test_published_steps(name, row, examples, steps, warmup, total):
         ("finetune_v2", "base", 4, 32),
     ],
 )
-def test_one_machine_of_the_authors(name, row, accumulation, images, monkeypatch):
+def test_one_machine_of_the_authors(name, row, accumulation, images):
     """Eight GPUs and their commands' accumulation: a GPU's images share a draw of mixup."""
-    monkeypatch.setattr(jax, "local_device_count", lambda: 8)
     config = load(name, row)
     config.gradient_accumulation = accumulation
     assert config.batch_size == 8 * accumulation * images
-    assert Plan(FrozenConfigDict(config), IMAGENET_1K).mix_group == images
+    assert Plan(FrozenConfigDict(config), IMAGENET_1K, devices=8).mix_group == images
+    with pytest.raises(InputError, match=r"batch_size is 4096|batch_size is 1024"):
+        Plan(FrozenConfigDict(config), IMAGENET_1K, devices=7)
 
 
 def test_22k_is_evaluated_at_the_end_alone():

@@ -23,6 +23,10 @@ def default_config() -> ConfigDict:
     config.data = ConfigDict({"name": "digits"})
     config.tune_fraction = 0.0  # share of the training part that replaces val, to tune on
     config.tune_seed = 0  # which share
+    # For `train.py --plan` alone, before the data is there: the number of examples to train on and
+    # of their classes. 0: as the data has.
+    config.plan_examples = 0
+    config.plan_classes = 0
 
     # Fields of ConvNextConfig. The number of classes and their names come from the data. With
     # `init_from` the network comes from there, all but its drop path: type, patch size, depths and
@@ -126,6 +130,16 @@ def peak_learning_rate(config: FrozenConfigDict) -> float:
     return config.learning_rate * config.batch_size / reference
 
 
+def optimizer_groups(config: FrozenConfigDict) -> dict[str, Any]:
+    """What `recipe.optimizer` and `recipe.group_table` are told of the groups of parameters."""
+    return {
+        "layer_decay": config.layer_decay,
+        "layer_decay_rule": config.layer_decay_rule,
+        "freeze_backbone": config.freeze_backbone,
+        "muon": config.muon,
+    }
+
+
 def check(config: FrozenConfigDict) -> None:
     """Refuses settings that no run can be made with, before anything is read or written.
 
@@ -136,6 +150,8 @@ def check(config: FrozenConfigDict) -> None:
     rules = {
         "seed": (0 <= config.seed < 2**32, "0 to below 2**32"),
         "tune_fraction": (0 <= config.tune_fraction < 1, "0 to below 1"),
+        "plan_examples": (config.plan_examples >= 0, "0 or more"),
+        "plan_classes": (config.plan_classes >= 0, "0 or more"),
         "head_init_scale": (config.head_init_scale >= 0, "0 or more"),
         "dtype": (config.dtype in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
         "image_size": (config.image_size > 0, "more than 0"),

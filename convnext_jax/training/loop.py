@@ -39,20 +39,20 @@ from convnext_jax.training import checkpointing, parallel, recipe
 from convnext_jax.training.config import (
     check,
     eval_pictures,
-    peak_learning_rate,
+    optimizer_groups,
     train_pictures,
 )
 from convnext_jax.training.evaluation import Evaluation, evaluate
 from convnext_jax.training.metrics import METRICS_NAME, MetricsWriter, read_rows
 from convnext_jax.training.network import initial_model
-from convnext_jax.training.plan import Plan, print_plan
+from convnext_jax.training.plan import Plan, print_plan, run_optimizer
 from convnext_jax.training.results import write_results
 from convnext_jax.training.step import TrainState, init_state
 
 # What may differ when a run is continued, because the result does not depend on it.
 FREE_SETTINGS = {
     "failed_save", "keep_checkpoints", "loader_workers", "log_every_steps", "log_example_ids",
-    "max_skipped_steps", "parallelism",
+    "max_skipped_steps", "parallelism", "plan_classes", "plan_examples",
 }  # fmt: skip
 
 # Where the state and the batch go that a run ended with whose loss was not finite.
@@ -105,30 +105,12 @@ def _train(
     model, params = initial_model(config, dataset.class_names, init_key)
 
     layout = parallel.layout(config.parallelism)
-    schedule = recipe.warmup_cosine(
-        peak_learning_rate(config), plan.warmup_steps, plan.total_steps, config.min_learning_rate
-    )
-    groups = {
-        "layer_decay": config.layer_decay,
-        "layer_decay_rule": config.layer_decay_rule,
-        "freeze_backbone": config.freeze_backbone,
-        "muon": config.muon,
-    }
-    optimizer = recipe.optimizer(
-        params,
-        learning_rate=schedule,
-        weight_decay=recipe.weight_decay_cosine(
-            config.weight_decay, config.weight_decay_end, plan.total_steps
-        ),
-        betas=tuple(config.adam_betas),
-        eps=config.adam_eps,
-        gradient_clip=config.gradient_clip,
-        **groups,
-    )
+    optimizer, schedule = run_optimizer(config, plan, params)
     train_step = layout.train_step(model, optimizer, config)
     eval_step = layout.eval_step(model, config)
     _open_workdir(workdir, config, sources.fingerprint(dataset))
     print_plan(config, plan, dataset, model, params, workdir)
+    groups = optimizer_groups(config)
     print(recipe.group_table(params, weight_decay=config.weight_decay, **groups))
 
     checkpoints = stack.enter_context(

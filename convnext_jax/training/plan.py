@@ -8,24 +8,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import FrozenConfigDict
 
-from convnext_jax.configuration import multiply_adds
+from convnext_jax.configuration import ConvNextConfig, multiply_adds
 from convnext_jax.data.sources import Dataset
 from convnext_jax.errors import InputError
 from convnext_jax.modeling import ConvNextForImageClassification
 from convnext_jax.training import recipe
-from convnext_jax.training.config import peak_learning_rate
+from convnext_jax.training.config import optimizer_groups, peak_learning_rate
 from convnext_jax.training.step import mix_group
 
 PyTree = Any
 
 
 class Plan:
-    """Epochs in steps: what follows from the settings and the number of examples."""
+    """Epochs in steps: what follows from the settings and the number of examples.
 
-    def __init__(self, config: FrozenConfigDict, examples: int):
-        devices = jax.device_count()
+    Args:
+      config: the settings of the run.
+      examples: to train on.
+      devices: of the run; default all at hand.
+
+    Raises:
+      InputError: for a batch that the devices cannot share evenly, or more warm-up than epochs.
+    """
+
+    def __init__(self, config: FrozenConfigDict, examples: int, devices: int | None = None):
+        devices = devices or jax.device_count()
         self.eval_batch_size = config.eval_batch_size or config.batch_size
         parts = devices * config.gradient_accumulation
         for name, size, unit, meaning in (
@@ -64,6 +74,35 @@ class Plan:
         return max(1, int(epochs * self.steps_per_epoch))
 
 
+def run_optimizer(
+    config: FrozenConfigDict, plan: Plan, params: PyTree
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The optimizer of a run, for parameters of these names and shapes, and its learning rate."""
+    schedule = recipe.warmup_cosine(
+        peak_learning_rate(config), plan.warmup_steps, plan.total_steps, config.min_learning_rate
+    )
+    optimizer = recipe.optimizer(
+        params,
+        learning_rate=schedule,
+        weight_decay=recipe.weight_decay_cosine(
+            config.weight_decay, config.weight_decay_end, plan.total_steps
+        ),
+        betas=tuple(config.adam_betas),
+        eps=config.adam_eps,
+        gradient_clip=config.gradient_clip,
+        **optimizer_groups(config),
+    )
+    return optimizer, schedule
+
+
+def step_flops(config: FrozenConfigDict, network: ConvNextConfig) -> int:
+    """Floating-point operations of a step, those of the products alone."""
+    # A multiply-add is two operations; the backward pass costs twice the forward one, and with
+    # remat the forward one is made twice.
+    passes = 1 if config.freeze_backbone else 4 if config.remat else 3
+    return 2 * passes * multiply_adds(network, config.image_size) * config.batch_size
+
+
 def print_plan(
     config: FrozenConfigDict,
     plan: Plan,
@@ -76,10 +115,7 @@ def print_plan(
     parameters = sum(x.size for x in jax.tree.leaves(params))
     devices = jax.device_count()
     per_picture = multiply_adds(model.config, config.image_size)
-    # A multiply-add is two operations; the backward pass costs twice the forward one, and with
-    # remat the forward one is made twice.
-    passes = 1 if config.freeze_backbone else 4 if config.remat else 3
-    flops = 2 * passes * per_picture * config.batch_size
+    flops = step_flops(config, model.config)
     layout = f"{devices} device(s) x {config.batch_size // devices}"
     if config.gradient_accumulation > 1:
         layout += f" in {config.gradient_accumulation} parts"
