@@ -115,7 +115,12 @@ def train_batches(
             "id": indices.astype(np.int32),
         }
 
-    batches = _iterator(make_batch, sys.maxsize, num_workers, batch_size * image_size**2 * 3)
+    try:
+        batches = _iterator(make_batch, sys.maxsize, num_workers, batch_size * image_size**2 * 3)
+    except BaseException:
+        if workers is not None:
+            workers.close()
+        raise
     return batches if workers is None else _BatchesOfWorkers(batches, workers)
 
 
@@ -198,8 +203,8 @@ def eval_batches(
       image_size: side of the square pictures delivered, S.
       crop_pct: share of the resized short side that the centre crop keeps; see `eval_transform`.
       resample: Pillow's filter.
-      num_workers: threads that make batches; None: one for each core of this host, but at most
-        `_MOST_THREADS`.
+      num_workers: threads that make batches, of which more than `_MOST_THREADS` are not used; None:
+        one for each core of this host.
       process_index: which of `process_count` processes this one is.
       process_count: processes that share the pass.
 
@@ -221,6 +226,8 @@ def eval_batches(
         }
 
     steps = eval_steps(len(source), batch_size, process_count)
+    if num_workers is not None:
+        num_workers = min(num_workers, _MOST_THREADS)
     return _iterator(make_batch, steps, num_workers, batch_size * image_size**2 * 3)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from convnext_jax.data import pipeline, sources
 from convnext_jax.data.sources import ArraySource
+from convnext_jax.data.workers import Workers
 from convnext_jax.errors import InputError
 from convnext_jax.image import CROP_DRAWS, ConvNextImageProcessor, sample_crop
 
@@ -207,6 +208,21 @@ def test_processes_that_read_the_files_change_nothing(folder: sources.FolderSour
     assert None not in [process.poll() for process in processes]
 
 
+def test_processes_end_where_no_iterator_can_be_made(folder, monkeypatch: pytest.MonkeyPatch):
+    started = []
+
+    def workers(*arguments: object) -> Workers:
+        started.append(Workers(*arguments))
+        return started[0]
+
+    monkeypatch.setattr(pipeline, "Workers", workers)
+    monkeypatch.setattr(grain, "ReadOptions", None)
+    with pytest.raises(TypeError):
+        batches(folder, 1, num_workers=3)
+    assert len(started) == 1
+    assert None not in [process.poll() for process in started[0]._processes]
+
+
 def test_an_unreadable_file_is_named(folder: sources.FolderSource):
     damaged = folder.root / folder.paths[4]
     damaged.write_bytes(damaged.read_bytes()[:-50])
@@ -259,6 +275,15 @@ def test_large_pictures_of_the_right_size_are_not_warped():
 
 
 # --- evaluation ---
+
+
+def test_evaluation_uses_no_more_threads_than_help():
+    before = set(threading.enumerate())
+    arguments = {"batch_size": 1, "image_size": SIZE}
+    with closing(pipeline.eval_batches(toy(100), **arguments, num_workers=50)) as iterator:
+        next(iterator)
+        # grain keeps one of its own, which fetches the batches.
+        assert 0 < len(set(threading.enumerate()) - before) <= pipeline._MOST_THREADS + 1
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 3])
