@@ -41,9 +41,16 @@ from convnext_jax.training.network import AXIS, initial_model
 from convnext_jax.training.plan import Plan, print_plan
 from convnext_jax.training.results import write_results
 from convnext_jax.training.step import TrainState, init_state, train_step
+from convnext_jax.training.unreadable import UnreadableExamples
 
 # What may differ when a run is continued, because the result does not depend on it.
-FREE_SETTINGS = {"keep_checkpoints", "loader_workers", "log_every_steps", "log_example_ids"}
+FREE_SETTINGS = {
+    "keep_checkpoints",
+    "loader_workers",
+    "log_every_steps",
+    "log_example_ids",
+    "max_unreadable",
+}
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
@@ -138,6 +145,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 "give another --workdir"
             )
         writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
+        unreadable = UnreadableExamples(workdir, dataset, config.max_unreadable, start > 0)
         bar = stack.enter_context(
             tqdm(total=plan.total_steps, initial=start, unit="step", disable=None)
         )
@@ -153,7 +161,10 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
                 **eval_pictures(config),
             )
             with contextlib.closing(examples):
-                return evaluate(p_eval_step, weights, examples, len(devices))
+                evaluations = evaluate(p_eval_step, weights, examples, len(devices))
+            found = evaluations["val"]
+            unreadable.add("val", found.unreadable, len(found.labels))
+            return evaluations
 
         def write_step(step: int, metrics: dict[str, jax.Array]) -> None:
             """Metrics of a step that the devices may still be at; waits for it."""
@@ -176,6 +187,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         tick_step, tick = start, time.perf_counter()
         for step in range(start + 1, plan.total_steps + 1):
             batch = next(batches)
+            unreadable.add("train", batch["unreadable"], len(batch["id"]))
             if config.log_example_ids:
                 writer.write_examples(step, batch["id"].tolist())
             parts = split(batch, len(devices), config.gradient_accumulation)
