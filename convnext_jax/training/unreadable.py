@@ -73,7 +73,7 @@ class UnreadableExamples:
                 row = {"split": split, "example": name, "reason": reason}
                 file.write(json.dumps(row) + "\n")
         count, total = len(known), len(source)
-        found = f"{count:,} of the {total:,} examples of {split} cannot be read"
+        found = f"at least {count:,} of the {total:,} examples of {split} cannot be read"
         if count <= self._most * total:
             count, total = self._failed[split], self._read[split]
             found = f"{count:,} of the first {total:,} examples read of {split} cannot be"
