@@ -242,8 +242,11 @@ def evaluate_command(options: argparse.Namespace) -> None:
         f"top-1 {result['top1']:.2%}   top-5 {result['top5']:.2%}   "
         f"loss {'not a number' if result['loss'] is None else format(result['loss'], '.4f')}"
     )
+    without = (
+        f" ({len(result['unreadable']):,} more cannot be read)" if result["unreadable"] else ""
+    )
     print(
-        f"{result['examples']:,} pictures of {result['classes']:,} of the model's "
+        f"{result['examples']:,} pictures{without} of {result['classes']:,} of the model's "
         f"{result['classes_of_model']:,} classes, {result['image_size']} px, in "
         f"{result['seconds']:,.1f} s ({result['examples_per_second']:,.1f} a second)"
     )

@@ -33,13 +33,15 @@ class Result(NamedTuple):
     """A model's evaluation on a folder.
 
     Attributes:
-      evaluation: in the order of `source`, by the model's classes.
+      evaluation: of the pictures that can be read, in the order of `source`, by the model's
+        classes.
       source: the pictures.
       names: what the model calls each of its classes, by index.
       folders: the class folders' names, by index of the class.
       image_size: side of the pictures that the network saw.
       seconds: for all pictures, without reading and compiling the network.
-      remarks: what the user should know, such as how the classes were matched.
+      remarks: what the user should know, such as how the classes were matched, or that pictures
+        were left out.
     """
 
     evaluation: evaluation.Evaluation
@@ -65,6 +67,10 @@ class Result(NamedTuple):
         present = np.flatnonzero(examples)
         return {
             "examples": len(found.labels),
+            "unreadable": [
+                {"image": self.source.example_name(i), "reason": reason}
+                for i, reason in found.unreadable
+            ],
             "classes": len(present),
             "classes_of_model": classes,
             "image_size": self.image_size,
@@ -86,7 +92,7 @@ class Result(NamedTuple):
             ],
             "mistakes": [
                 {
-                    "image": self.source.example_name(i),
+                    "image": self.source.example_name(int(found.ids[i])),
                     "label": self.names[int(found.labels[i])],
                     "predicted": self.names[int(found.predictions[i])],
                     "confidence": _number(found.confidences[i]),
@@ -105,7 +111,7 @@ def evaluate_folder(
     labels: str | Path | None = None,
     batch_size: int = 32,
 ) -> Result:
-    """Evaluates a model on class folders of pictures, each exactly once.
+    """Evaluates a model on class folders of pictures, each that can be read exactly once.
 
     The pictures are prepared as the model's own preprocessor_config.json says, to the pixel values
     that its image processor gives, and go through one jitted program.
@@ -118,7 +124,8 @@ def evaluate_folder(
       batch_size: pictures in one call of the network.
 
     Raises:
-      InputError: for a model or pictures that cannot be read, or folders that are not its classes.
+      InputError: for a model that cannot be read, pictures none of which can be, or folders that
+        are not its classes.
     """
     root = _class_root(sources.existing_folder(folder))
     classes = sources.scan_classes(root)
@@ -170,7 +177,14 @@ def evaluate_folder(
         found = evaluation.evaluate(compiled, {"model": variables}, bar)["model"]
     seconds = time.perf_counter() - start
     folders = {index: name for name, index in numbers.items()}
-    return Result(found, source, names, folders, size, seconds, (remark,) if remark else ())
+    remarks = [remark] if remark else []
+    if found.unreadable:
+        remarks.append(
+            f"{len(found.unreadable):,} of {len(source):,} pictures cannot be read, and count "
+            f"neither as right nor as wrong (--json lists them); the first: "
+            f"{found.unreadable[0][1]}"
+        )
+    return Result(found, source, names, folders, size, seconds, tuple(remarks))
 
 
 def match_classes(

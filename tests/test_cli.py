@@ -286,6 +286,34 @@ ANIMALS = {0: "tench, Tinca tinca", 1: "crane", 2: "golf ball", 3: "crane", 4: "
 WORDNET = ["n01440764", "n02012849", "n03126707", "n03445777", "n04370456"]
 
 
+def test_evaluate_leaves_out_what_cannot_be_read_and_says_so(model_folder, class_folders, capsys):
+    evaluated = ["evaluate", str(model_folder), str(class_folders), "--json"]
+    assert main(evaluated) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert expected["unreadable"] == expected["remarks"] == []
+    # The first of its class, so that those after it do not lie where they are counted.
+    (class_folders / "church/!torn.png").write_bytes(b"")
+    (class_folders / "tench/torn.jpg").write_bytes(b"no picture")
+    assert main(evaluated) == 0
+    found = json.loads(capsys.readouterr().out)
+    left_out = {str(class_folders / "church/!torn.png"), str(class_folders / "tench/torn.jpg")}
+    assert {row["image"] for row in found["unreadable"]} == left_out
+    assert all(row["image"] in row["reason"] for row in found["unreadable"])
+    assert "2 of 13 pictures cannot be read" in found["remarks"][0]
+    for key in ("examples", "classes", "top1", "top5", "per_class", "confusion_matrix"):
+        assert found[key] == expected[key], key
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert len(found["mistakes"]) == len(expected["mistakes"]) > 3
+    for mistake, wanted in zip(found["mistakes"], expected["mistakes"], strict=True):
+        for key in ("image", "label", "predicted"):
+            assert mistake[key] == wanted[key]
+        assert mistake["confidence"] == pytest.approx(wanted["confidence"], rel=1e-3)
+    assert main(evaluated[:-1]) == 0
+    shown = capsys.readouterr()
+    assert "11 pictures (2 more cannot be read) of 4 of the model's" in shown.out
+    assert shown.err.startswith("convnext-jax: note: 2 of 13 pictures cannot be read")
+
+
 @pytest.mark.parametrize(
     ("folders", "names", "expected", "said"),
     [
@@ -370,11 +398,13 @@ def test_evaluate_says_what_is_wrong_in_one_line(model_folder, class_folders, tm
     fails(tmp_path / "spoilt", class_folders, "shortest_edge")
     (tmp_path / "spoilt" / name).unlink()
     fails(tmp_path / "spoilt", class_folders, name)
-    (class_folders / "church" / "torn.png").write_bytes(b"no picture")
-    fails(model_folder, class_folders, "torn.png")
+    torn = tmp_path / "all_torn" / "church" / "torn.png"
+    torn.parent.mkdir(parents=True)
+    torn.write_bytes(b"no picture")
+    fails(model_folder, tmp_path / "all_torn", "none of the 1 examples", "torn.png")
     (class_folders / "dog").mkdir()
     fails(model_folder, class_folders, "dog", "holds no pictures")
-    (class_folders / "church" / "torn.png").rename(class_folders / "dog" / "torn.png")
+    torn.rename(class_folders / "dog" / "torn.png")
     fails(model_folder, class_folders, "'dog' is not among the model's 7 classes ('tench'")
 
 

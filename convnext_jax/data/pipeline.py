@@ -5,6 +5,9 @@ belongs on the accelerator. Batch k is a function of the arguments and k alone: 
 decide when it is ready, and a process of a larger run reads its rows of the same global batch. The
 state of an iterator is therefore the number of the next batch.
 
+A picture that cannot be read does not stop a run. In training another example takes its place,
+which is drawn by that place; an evaluation leaves it out. Every batch lists what it did without.
+
 grain's element is a whole batch, given by its number: small pictures in memory are delivered by one
 indexing of an array, which no call per picture could match.
 
@@ -17,7 +20,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -29,6 +32,7 @@ from convnext_jax.data.dataset import Source
 from convnext_jax.data.encoded import Encoded
 from convnext_jax.data.sources import ArraySource
 from convnext_jax.data.workers import Workers
+from convnext_jax.errors import InputError
 from convnext_jax.image.crop import CROP_DRAWS, sample_crop
 from convnext_jax.image.processor import resize_rule
 
@@ -38,6 +42,12 @@ _MOST_THREADS = 8
 _FEWEST_PROCESSES = 3
 _MOST_PROCESSES = 16  # by default: each takes some 100 MB
 _MOST_AHEAD = 8 * 2**30  # bytes of batches that wait for the accelerator
+# Examples drawn to replace one that cannot be read: where 60 % of all cannot, one place in ten
+# million has none that can.
+_MOST_DRAWS = 32
+
+# Why examples could not be read, by their row among those asked for.
+Failures = dict[int, str]
 
 
 def train_batches(
@@ -62,6 +72,10 @@ def train_batches(
     `batch_size * process_count` examples, and of each of its `parts` process i has the i-th share:
     the global batch and its parts, crops included, do not depend on how many processes share them.
 
+    An example that cannot be read is replaced by one drawn from all of them, by the step and the
+    place in the global batch, and that by the next one drawn until one can be read. So what a batch
+    holds still depends on nothing but the arguments and the files.
+
     Args:
       source: the examples.
       batch_size: examples in a batch of this process, B.
@@ -82,14 +96,16 @@ def train_batches(
       process_count: processes that share the run.
 
     Returns:
-      An iterator over {"image": uint8 [B, S, S, 3], "label": int32 [B], "id": int32 [B]} that
-      `get_state` and `set_state`, or grain's CheckpointSave and CheckpointRestore, resume exactly.
-      A picture that cannot be read raises the source's `InputError` from `next`.
+      An iterator over {"image": uint8 [B, S, S, 3], "label": int32 [B], "id": int32 [B],
+      "unreadable": list of (id, why)} that `get_state` and `set_state`, or grain's CheckpointSave
+      and CheckpointRestore, resume exactly. "unreadable" lists what this process could not read
+      for the batch, in the order of the rows and draws; the other three are of what it read.
+      `next` raises `InputError` where `_MOST_DRAWS` examples drawn for a place cannot be read.
     """
     if crop_scale is None and source.size is not None:
         # The same at every visit, so that it is done once; at 1.0 the second time changes nothing.
         source, crop_pct = _transformed(source, image_size, crop_pct, resample), 1.0
-    shuffle_seed, crop_seed = np.random.SeedSequence(seed).generate_state(2).tolist()
+    shuffle_seed, crop_seed, replace_seed = np.random.SeedSequence(seed).generate_state(3).tolist()
     stream = _shuffled_stream(len(source), shuffle_seed)
     crop = {"size": image_size, "scale": crop_scale, "ratio": crop_ratio, "resample": resample}
     read_crops = functools.partial(_read_crops, **crop)
@@ -100,29 +116,54 @@ def train_batches(
         if num_workers >= _FEWEST_PROCESSES:
             read_crops = workers = Workers(read_crops, num_workers)
 
+    def read(indices: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, Failures]:
+        if crop_scale is None:
+            return _evaluation_images(source, indices, image_size, crop_pct, resample)
+        if are_files:
+            return read_crops([source.file(index) for index in indices.tolist()], draws)
+        return _crops(source, indices, draws, **crop)
+
     whole = batch_size * process_count
     own = np.arange(whole).reshape(parts, process_count, -1)[:, process_index].reshape(-1)
 
-    def make_batch(step: int) -> dict[str, np.ndarray]:
+    def make_batch(step: int) -> dict[str, Any]:
         indices = stream(step * whole, whole)[own]
-        if crop_scale is None:
-            images = _evaluation_images(source, indices, image_size, crop_pct, resample)
-        else:
-            # The numbers of the whole global batch, of which this process takes its rows: the crop
-            # of an example goes by its place in the run's stream.
-            rng = np.random.default_rng((crop_seed, step))
-            draws = rng.random((whole, *CROP_DRAWS))[own]
-            if are_files:
-                images = read_crops([source.file(index) for index in indices.tolist()], draws)
-            else:
-                images = _crops(source, indices, draws, **crop)
+        # The numbers of the whole global batch, of which this process takes its rows: the crop of
+        # an example goes by its place in the run's stream.
+        rng = np.random.default_rng((crop_seed, step))
+        draws = rng.random((whole, *CROP_DRAWS))[own]
+        images, failures = read(indices, draws)
+        spares: dict[int, Iterator[int]] = {}  # by row, as what follows
+        unreadable: dict[int, list[tuple[int, str]]] = {}
+        while failures:
+            rows = sorted(failures)
+            for row in rows:
+                unreadable.setdefault(row, []).append((int(indices[row]), failures[row]))
+                if row not in spares:
+                    rng = np.random.default_rng((replace_seed, step, int(own[row])))
+                    spares[row] = iter(rng.integers(len(source), size=_MOST_DRAWS).tolist())
+                spare = next(spares[row], None)
+                if spare is None:
+                    raise InputError(
+                        f"{1 + _MOST_DRAWS} examples drawn one after the other cannot be read: "
+                        f"check where the data lie; the last: {failures[row]}"
+                    )
+                indices[row] = spare
+            images[rows], again = read(indices[rows], draws[rows])
+            failures = {rows[i]: reason for i, reason in again.items()}
         return {
             "image": images,
             "label": source.labels[indices],
             "id": indices.astype(np.int32),
+            "unreadable": [failure for row in sorted(unreadable) for failure in unreadable[row]],
         }
 
-    batches = _iterator(make_batch, sys.maxsize, num_workers, batch_size * image_size**2 * 3)
+    try:
+        batches = _iterator(make_batch, sys.maxsize, num_workers, batch_size * image_size**2 * 3)
+    except BaseException:
+        if workers is not None:
+            workers.close()
+        raise
     return batches if workers is None else _BatchesOfWorkers(batches, workers)
 
 
@@ -133,7 +174,7 @@ class _BatchesOfWorkers(grain.DatasetIterator):
         super().__init__(batches)
         self._batches, self._workers = batches, workers
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> dict[str, Any]:
         return next(self._batches)
 
     def get_state(self) -> dict[str, Any]:
@@ -155,13 +196,15 @@ def _read_crops(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     resample: Image.Resampling,
-) -> np.ndarray:
+) -> tuple[np.ndarray, Failures]:
     """Random crops of N picture files by their draws [N, *CROP_DRAWS]: uint8 [N, S, S, 3]."""
-    images = np.empty((len(files), size, size, 3), np.uint8)
-    for image, file, numbers in zip(images, files, draws.tolist(), strict=True):
-        pick_box = functools.partial(sample_crop, numbers, scale=scale, ratio=ratio)
-        photo.read_crop(file, pick_box, size, resample, out=image)
-    return images
+    numbers = draws.tolist()
+
+    def read(row: int, out: np.ndarray) -> None:
+        pick_box = functools.partial(sample_crop, numbers[row], scale=scale, ratio=ratio)
+        photo.read_crop(files[row], pick_box, size, resample, out=out)
+
+    return _rows(len(files), size, read)
 
 
 def _crops(
@@ -173,17 +216,33 @@ def _crops(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     resample: Image.Resampling,
-) -> np.ndarray:
+) -> tuple[np.ndarray, Failures]:
     """The same of N examples that are no files."""
-    images = np.empty((len(indices), size, size, 3), np.uint8)
-    for row, (index, numbers) in enumerate(zip(indices.tolist(), draws.tolist(), strict=True)):
-        image = source[index]["image"]
-        top, left, height, width = sample_crop(numbers, *image.shape[:2], scale, ratio)
+    indices, numbers = indices.tolist(), draws.tolist()
+
+    def read(row: int, out: np.ndarray) -> None:
+        image = source[indices[row]]["image"]
+        top, left, height, width = sample_crop(numbers[row], *image.shape[:2], scale, ratio)
         crop = Image.fromarray(image[top : top + height, left : left + width])
         # In one call: a small picture's resize in several, as `photo` has it, leaves the threads
         # waiting for each other's interpreter lock.
-        images[row] = crop.resize((size, size), resample)
-    return images
+        out[...] = crop.resize((size, size), resample)
+
+    return _rows(len(indices), size, read)
+
+
+def _rows(
+    number: int, size: int, read: Callable[[int, np.ndarray], None]
+) -> tuple[np.ndarray, Failures]:
+    """Pictures uint8 [number, size, size, 3] from `read(row, out)`; 0 where that could not read."""
+    images, failures = np.empty((number, size, size, 3), np.uint8), {}
+    for row in range(number):
+        try:
+            read(row, images[row])
+        except InputError as error:
+            images[row] = 0
+            failures[row] = str(error)
+    return images, failures
 
 
 def eval_batches(
@@ -199,35 +258,45 @@ def eval_batches(
 ) -> grain.DatasetIterator:
     """Every example exactly once, in order, in `eval_steps` batches for every process.
 
+    One that cannot be read counts as padding does: nothing could take its place.
+
     Args:
       source: the examples.
       batch_size: rows in a batch of this process, B; the last batches are padded to it.
       image_size: side of the square pictures delivered, S.
       crop_pct: share of the resized short side that the centre crop keeps; see `eval_transform`.
       resample: Pillow's filter.
-      num_workers: threads that make batches; None: one for each core of this host, but at most
-        `_MOST_THREADS`.
+      num_workers: threads that make batches, of which more than `_MOST_THREADS` are not used; None:
+        one for each core of this host.
       process_index: which of `process_count` processes this one is.
       process_count: processes that share the pass.
 
     Returns:
       An iterator over {"image": uint8 [B, S, S, 3], "label": int32 [B], "id": int32 [B], "mask":
-      float32 [B]}. Rows that pad have mask 0, image and label 0, and id -1.
+      float32 [B], "unreadable": list of (id, why)}. Rows that pad, and those of the unreadable
+      examples, have mask 0, image and label 0, and id -1.
     """
 
-    def make_batch(step: int) -> dict[str, np.ndarray]:
+    def make_batch(step: int) -> dict[str, Any]:
         first = (step * process_count + process_index) * batch_size
         indices = np.arange(min(first, len(source)), min(first + batch_size, len(source)))
         pad = (0, batch_size - len(indices))
-        images = _evaluation_images(source, indices, image_size, crop_pct, resample)
+        images, failures = _evaluation_images(source, indices, image_size, crop_pct, resample)
+        labels, ids = source.labels[indices], indices.astype(np.int32)
+        mask = np.ones(len(indices), np.float32)
+        failed = list(failures)
+        labels[failed], ids[failed], mask[failed] = 0, -1, 0
         return {
             "image": np.pad(images, (pad, (0, 0), (0, 0), (0, 0))) if pad[1] else images,
-            "label": np.pad(source.labels[indices], pad),
-            "id": np.pad(indices.astype(np.int32), pad, constant_values=-1),
-            "mask": np.pad(np.ones(len(indices), np.float32), pad),
+            "label": np.pad(labels, pad),
+            "id": np.pad(ids, pad, constant_values=-1),
+            "mask": np.pad(mask, pad),
+            "unreadable": [(int(indices[row]), reason) for row, reason in failures.items()],
         }
 
     steps = eval_steps(len(source), batch_size, process_count)
+    if num_workers is not None:
+        num_workers = min(num_workers, _MOST_THREADS)
     return _iterator(make_batch, steps, num_workers, batch_size * image_size**2 * 3)
 
 
@@ -261,14 +330,16 @@ def _evaluation_images(
     image_size: int,
     crop_pct: float,
     resample: Image.Resampling,
-) -> np.ndarray:
+) -> tuple[np.ndarray, Failures]:
     """`eval_transform` of N examples: uint8 [N, S, S, 3]."""
     if source.size is not None and _stays(source.size, image_size, crop_pct):
-        return source.batch(indices)
-    images = np.empty((len(indices), image_size, image_size, 3), np.uint8)
-    for row, index in enumerate(indices.tolist()):
-        images[row] = eval_transform(source[index]["image"], image_size, crop_pct, resample)
-    return images
+        return source.batch(indices), {}
+
+    def read(row: int, out: np.ndarray) -> None:
+        image = source[int(indices[row])]["image"]
+        out[...] = eval_transform(image, image_size, crop_pct, resample)
+
+    return _rows(len(indices), image_size, read)
 
 
 def _stays(size: tuple[int, int], image_size: int, crop_pct: float) -> bool:
@@ -283,7 +354,9 @@ def _transformed(
     """A source in memory with every picture transformed as in an evaluation."""
     if _stays(source.size, image_size, crop_pct):
         return source
-    images = _evaluation_images(source, np.arange(len(source)), image_size, crop_pct, resample)
+    images = np.empty((len(source), image_size, image_size, 3), np.uint8)
+    for index in range(len(source)):
+        images[index] = eval_transform(source[index]["image"], image_size, crop_pct, resample)
     return ArraySource(source.example_name(0), images, source.labels)
 
 
@@ -312,7 +385,7 @@ def _shuffled_stream(examples: int, seed: int) -> Callable[[int, int], np.ndarra
 
 
 def _iterator(
-    make_batch: Callable[[int], dict[str, np.ndarray]],
+    make_batch: Callable[[int], dict[str, Any]],
     batches: int,
     num_workers: int | None,
     batch_bytes: int,

@@ -116,13 +116,16 @@ class FolderSource(Source):
         self.root = root
         self.paths = tuple(paths)
         self.labels = labels.astype(np.int32)
-        self.images: Sequence[np.ndarray] | np.ndarray | None = None
+        # Once kept in memory; in the place of one that cannot be read, why.
+        self.images: Sequence[np.ndarray | str] | np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
         image = self._read(index) if self.images is None else self.images[index]
+        if isinstance(image, str):
+            raise InputError(image)
         return {"image": image, "label": int(self.labels[index]), "id": index}
 
     def example_name(self, index: int) -> str:
@@ -140,11 +143,18 @@ class FolderSource(Source):
     def keep_in_memory(self) -> None:
         """Decodes all pictures now, with a thread a core, to keep them.
 
-        Raises:
-          InputError: a picture cannot be read.
+        One that cannot be read raises its `InputError` when it is asked for, as without this.
         """
-        images = _in_threads(self._read, range(len(self)))
-        if len({image.shape for image in images}) == 1:
+
+        def read(index: int) -> np.ndarray | str:
+            try:
+                return self._read(index)
+            except InputError as error:
+                return str(error)
+
+        images = _in_threads(read, range(len(self)))
+        shapes = {getattr(image, "shape", None) for image in images}
+        if len(shapes) == 1 and None not in shapes:
             self.size = images[0].shape[:2]
             stacked = np.empty((len(images), *images[0].shape), np.uint8)
             for index in range(len(images)):  # one by one, or all would be there twice
@@ -310,7 +320,7 @@ def image_folder(
 
     Raises:
       InputError: folder missing, no class folders, a class folder without pictures, a class in
-        val that train lacks. (A damaged picture raises when it is read.)
+        val that train lacks. (A damaged picture raises when it is asked for.)
     """
     data = _image_folder(folder, val_fraction, split_seed)
     if in_memory:
@@ -456,10 +466,10 @@ def _read_class_tree(path: Path) -> tuple[list[str], list[np.ndarray]]:
     return names, [decode_photo(files[name], f"{path}: {name}") for name in names]
 
 
-def _in_threads(function: Callable[[Any], np.ndarray], items: Sequence[Any]) -> list[np.ndarray]:
+def _in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     """The results for all items, with a thread a core; the first error ends it."""
 
-    def some(start: int) -> list[np.ndarray]:
+    def some(start: int) -> list[Any]:
         return [function(item) for item in items[start : start + 64]]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -99,6 +99,7 @@ def default_config() -> ConfigDict:
     config.failed_save = "stop"  # or "continue", when a checkpoint cannot be written: a full disk
     config.log_every_steps = 50
     config.log_example_ids = False  # write the ids of each step's examples to examples.jsonl
+    config.max_unreadable = 0.05  # share of a split's examples that the run may do without
     config.loader_workers = 0  # that decode pictures on this host; 0: as its cores suggest
     return config.lock()
 
@@ -200,6 +201,7 @@ def check(config: FrozenConfigDict) -> None:
         "checkpoint_every_epochs": (config.checkpoint_every_epochs > 0, "more than 0"),
         "keep_checkpoints": (config.keep_checkpoints > 0, "1 or more"),
         "log_every_steps": (config.log_every_steps > 0, "1 or more"),
+        "max_unreadable": (0 <= config.max_unreadable <= 1, "0 to 1"),
         "loader_workers": (config.loader_workers >= 0, "0 or more"),
     }
     if config.augment not in ("", "three"):

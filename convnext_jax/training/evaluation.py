@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convnext_jax.errors import InputError
 from convnext_jax.image.augment import normalize
 
 if TYPE_CHECKING:
@@ -91,19 +92,25 @@ def score(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Scores:
 class Evaluation:
     """What one pass over a source gave; the arrays are in the order of the source.
 
+    An example that could not be read is in none of it but `unreadable`.
+
     Attributes:
       metrics: means over all examples: `loss`, and `top1` and `top5` in 0..1.
+      ids: (examples,) int32, the index of each in the source.
       labels: (examples,) int32, the right class of each.
       predictions: (examples,) int32, the class that scored highest.
       confidences: (examples,) f32, the probability of that class.
       losses: (examples,) f32, cross entropy.
+      unreadable: (index in the source, why) of the examples that could not be read.
     """
 
     metrics: dict[str, float]
+    ids: np.ndarray
     labels: np.ndarray
     predictions: np.ndarray
     confidences: np.ndarray
     losses: np.ndarray
+    unreadable: tuple[tuple[int, str], ...] = ()
 
     @property
     def right(self) -> np.ndarray:
@@ -134,7 +141,10 @@ class Evaluation:
         return right, np.bincount(self.labels, minlength=classes)
 
     def worst_mistakes(self, count: int) -> np.ndarray:
-        """Indices of up to `count` wrong examples, those first that the network was surest of."""
+        """Places of up to `count` wrong examples here, those first that it was surest of.
+
+        In these arrays, that is: what they are in the source is told by `ids`.
+        """
         wrong = np.flatnonzero(~self.right)
         confidences = np.nan_to_num(self.confidences[wrong], nan=-1.0)
         return wrong[np.argsort(-confidences, kind="stable")[:count]]
@@ -152,15 +162,20 @@ def evaluate(
     Args:
       eval_step: of parameters and a batch, as this module's under `jax.jit`.
       weights: parameters by name, such as {"val": ..., "val_ema": ...}.
-      batches: of `eval_batches`, padded and masked.
+      batches: of `eval_batches`, padded and masked: of every one "image", "label", "id", "mask" and
+        "unreadable".
       put: from what the step reads of a batch to how it takes it.
       own_rows: what this process has of an array that `eval_step` gave, an entry for each example.
 
     Returns:
-      An `Evaluation` for each name, of all processes' examples.
+      An `Evaluation` for each name, of all processes' examples; `unreadable` is this process's.
+
+    Raises:
+      InputError: not one example could be read.
     """
     outputs: dict[str, list[Scores]] = {name: [] for name in weights}
-    kept: dict[str, list[np.ndarray]] = {"label": [], "mask": []}
+    kept: dict[str, list[np.ndarray]] = {"label": [], "id": [], "mask": []}
+    unreadable: list[tuple[int, str]] = []
     under_way: collections.deque[dict[str, Scores]] = collections.deque()
 
     def wait_for_one() -> None:
@@ -172,12 +187,18 @@ def evaluate(
         under_way.append({name: eval_step(params, parts) for name, params in weights.items()})
         for name, values in kept.items():
             values.append(np.asarray(batch[name]))
+        unreadable.extend(batch["unreadable"])
         if len(under_way) == _UNDER_WAY:
             wait_for_one()
     while under_way:
         wait_for_one()
     mask = _in_order(kept["mask"]).astype(bool)
-    labels = _in_order(kept["label"])[mask]
+    if unreadable and not mask.any():
+        raise InputError(
+            f"none of the {len(unreadable)} examples to evaluate on can be read; the first: "
+            f"{unreadable[0][1]}"
+        )
+    labels, ids = _in_order(kept["label"])[mask], _in_order(kept["id"])[mask]
 
     def gather(outputs: list[Scores]) -> Evaluation:
         # Summed in f64: in f32 a sum over millions of examples would lose some.
@@ -187,10 +208,12 @@ def evaluate(
         }
         return Evaluation(
             {name: value / int(mask.sum()) for name, value in sums.items()},
+            ids,
             labels,
             examples["prediction"],
             examples["confidence"],
             examples["loss"],
+            tuple(unreadable),
         )
 
     return {name: gather(scores) for name, scores in outputs.items()}

@@ -48,11 +48,12 @@ from convnext_jax.training.network import initial_model
 from convnext_jax.training.plan import Plan, print_plan, run_optimizer
 from convnext_jax.training.results import write_results
 from convnext_jax.training.step import TrainState, init_state
+from convnext_jax.training.unreadable import UnreadableExamples
 
 # What may differ when a run is continued, because the result does not depend on it.
 FREE_SETTINGS = {
     "failed_save", "keep_checkpoints", "loader_workers", "log_every_steps", "log_example_ids",
-    "max_skipped_steps", "parallelism", "plan_classes", "plan_examples",
+    "max_skipped_steps", "max_unreadable", "parallelism", "plan_classes", "plan_examples",
 }  # fmt: skip
 
 # Where the state and the batch go that a run ended with whose loss was not finite.
@@ -160,6 +161,7 @@ def _train(
     writer = None
     if is_first:
         writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
+    unreadable = UnreadableExamples(workdir, dataset, config.max_unreadable, start > 0)
     bar = stack.enter_context(
         tqdm(total=plan.total_steps, initial=start, unit="step", disable=None if is_first else True)
     )
@@ -184,7 +186,9 @@ def _train(
             **eval_pictures(config),
         )
         with contextlib.closing(examples):
-            return evaluate(eval_step, weights, stop.watch(examples), layout.put, layout.rows)
+            found = evaluate(eval_step, weights, stop.watch(examples), layout.put, layout.rows)
+        unreadable.add("val", found["val"].unreadable, len(found["val"].labels))
+        return found
 
     def write_evaluation(step: int, found: dict[str, Evaluation], rate: float | None) -> None:
         values = {
@@ -240,6 +244,7 @@ def _train(
         if profile_steps and step == start + 2:
             jax.profiler.start_trace(str(workdir / "profile"))
         batch = upcoming
+        unreadable.add("train", batch.on_host["unreadable"], len(batch.on_host["id"]))
         state, metrics = train_step(state, batch.on_devices, step_key)
         if writer is not None and config.log_example_ids:
             writer.write_examples(step, batch.on_host["id"].tolist())
@@ -386,7 +391,8 @@ def _keep_batch(workdir: Path, step: int, batch: _Batch) -> None:
     """Writes this process's rows of a batch whose loss was not finite."""
     folder = workdir / NOT_FINITE
     folder.mkdir(exist_ok=True)
-    np.savez(folder / f"step_{step}_process_{jax.process_index()}.npz", **batch.on_host)
+    rows = {name: batch.on_host[name] for name in ("image", "label", "id")}
+    np.savez(folder / f"step_{step}_process_{jax.process_index()}.npz", **rows)
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -152,7 +152,7 @@ def write_report(
       evaluations: of the final weights, by name: "val", and "val_ema" where there is an average.
       exported: which of them the exported model has; its mistakes are shown.
       class_names: K names.
-      source: the examples of the evaluations, in their order.
+      source: the examples of the evaluations.
       config: the run's settings, nested.
       defaults: those that a run has unless it says otherwise; what differs is set apart.
       facts: further lines on the run, such as its devices and its number of steps, by name.
@@ -332,10 +332,11 @@ def _mistakes_section(evaluation: Evaluation, names: Sequence[str], source: Sour
     cards = []
     for i in evaluation.worst_mistakes(_MISTAKES).tolist():
         true, taken = names[evaluation.labels[i]], names[evaluation.predictions[i]]
-        place = source.example_name(i)
+        index = int(evaluation.ids[i])
+        place = source.example_name(index)
         sure = evaluation.confidences[i]
         cards.append(
-            f'<figure title="{escape(place)}">{charts.picture(source[i]["image"], 128, true)}'
+            f'<figure title="{escape(place)}">{charts.picture(source[index]["image"], 128, true)}'
             f'<figcaption><b class="true">{escape(shorten(true, 60))}</b>'
             f'<span class="taken">{escape(shorten(taken, 60))} <small>{sure:.1%}</small></span>'
             f'<small class="place">{escape(shorten(Path(place).name, 40))}</small>'

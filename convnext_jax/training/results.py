@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ml_collections import FrozenConfigDict
 from PIL import Image
 
 from convnext_jax.data import pipeline, sources
+from convnext_jax.errors import InputError
 from convnext_jax.image import ConvNextImageProcessor
 from convnext_jax.modeling import ConvNextForImageClassification
 from convnext_jax.training import report
@@ -20,6 +22,7 @@ from convnext_jax.training.config import default_config, eval_pictures, train_pi
 from convnext_jax.training.evaluation import Evaluation
 from convnext_jax.training.metrics import METRICS_NAME, TIMING_NAME, read_rows
 from convnext_jax.training.step import augment
+from convnext_jax.training.unreadable import UNREADABLE_NAME
 
 PyTree = Any
 
@@ -41,7 +44,7 @@ def write_results(
 
     Args:
       config: the run's settings.
-      workdir: its folder, with metrics.jsonl and timing.jsonl.
+      workdir: its folder, with metrics.jsonl, timing.jsonl and, if any, unreadable.jsonl.
       model: the network, as it was trained.
       dataset: what it was trained and evaluated on.
       params: the parameters to export.
@@ -52,13 +55,24 @@ def write_results(
     Returns:
       What metrics.json holds.
     """
+    found = evaluations[exported]
     metrics = read_rows(workdir / METRICS_NAME)
     report.plot_curves(metrics, workdir / "curves.png")
     if len(dataset.class_names) <= MAX_MATRIX:
-        matrix = evaluations[exported].confusion_matrix(len(dataset.class_names))
+        matrix = found.confusion_matrix(len(dataset.class_names))
         report.plot_confusion_matrix(matrix, dataset.class_names, workdir / "confusion_matrix.png")
         np.savetxt(workdir / "confusion_matrix.csv", matrix, fmt="%d", delimiter=",")
     pictures, captions = augmentation_grid(config, dataset)
+    facts = {
+        "steps": f"{steps:,}",
+        "training examples": f"{len(dataset.train):,}",
+        "parameters": f"{sum(x.size for x in jax.tree.leaves(params)):,}",
+    }
+    splits = [row["split"] for row in read_rows(workdir / UNREADABLE_NAME)]
+    if splits:
+        facts["unreadable examples"] = (
+            f"{splits.count('train'):,} of train, {splits.count('val'):,} of val: {UNREADABLE_NAME}"
+        )
     report.write_report(
         workdir / "report.html",
         title=workdir.absolute().name,
@@ -70,11 +84,7 @@ def write_results(
         source=dataset.val,
         config=config.to_dict(),
         defaults=default_config().to_dict(),
-        facts={
-            "steps": f"{steps:,}",
-            "training examples": f"{len(dataset.train):,}",
-            "parameters": f"{sum(x.size for x in jax.tree.leaves(params)):,}",
-        },
+        facts=facts,
         augmentation=pictures,
         captions=captions,
     )
@@ -89,18 +99,24 @@ def write_results(
         "".join(c if c.isalnum() or c in "-_" else "_" for c in n) for n in dataset.class_names
     ]
     for label, file in enumerate(files[:10]):
-        of_class = np.flatnonzero(dataset.val.labels == label)
-        if of_class.size:  # a class may be too small to have held any out
+        of_class = found.ids[found.labels == label]
+        if of_class.size:  # a class may be too small to have held any out, or none that can be read
             name = file if files.count(file) == 1 else f"{file}_{label}"
             Image.fromarray(dataset.val[int(of_class[0])]["image"]).save(examples / f"{name}.png")
 
-    final: dict[str, Any] = {"steps": steps, "examples": len(dataset.val), "exported": exported}
+    final: dict[str, Any] = {
+        "steps": steps,
+        "examples": len(found.labels),
+        "unreadable": len(found.unreadable),
+        "exported": exported,
+    }
     for name, evaluation in evaluations.items():
         final |= {f"{name}/{metric}": value for metric, value in evaluation.metrics.items()}
     (workdir / "metrics.json").write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")
+    without = f" ({len(found.unreadable):,} more cannot be read)" if found.unreadable else ""
     print(
-        f"top-1 {final[f'{exported}/top1']:.2%} on {len(dataset.val):,} held-out examples; "
-        f"model in {workdir / 'model'}, report.html beside it"
+        f"top-1 {final[f'{exported}/top1']:.2%} on {len(found.labels):,} held-out examples"
+        f"{without}; model in {workdir / 'model'}, report.html beside it"
     )
     return final
 
@@ -123,7 +139,7 @@ def augmentation_grid(
 
     Args:
       config: a run's settings.
-      dataset: examples of `train` are taken, spread evenly.
+      dataset: examples of `train` are taken, spread evenly, that can be read.
       rows: how many.
       draws: of each.
 
@@ -131,8 +147,12 @@ def augmentation_grid(
       Pictures uint8 (rows, 1 + draws, size, size, 3), and what is in each: the names of the classes
       whose share in the target is above a tenth.
     """
-    rows = min(rows, len(dataset.train))
-    chosen = sources.Subset(dataset.train, np.linspace(0, len(dataset.train) - 1, rows).astype(int))
+    examples = len(dataset.train)
+    members = set()
+    for first in np.linspace(0, examples - 1, min(rows, examples)).astype(int).tolist():
+        after = (index for index in range(first, examples) if _is_readable(dataset.train, index))
+        members.update([*itertools.islice(after, 1)])
+    chosen, rows = sources.Subset(dataset.train, np.array(sorted(members))), len(members)
     options = {"batch_size": rows, "num_workers": 1}
     with contextlib.closing(pipeline.eval_batches(chosen, **options, **eval_pictures(config))) as b:
         plain = next(b)["image"]
@@ -167,3 +187,11 @@ def augmentation_grid(
     ]
     pixels = pixels.reshape(draws, rows, *pixels.shape[1:]).swapaxes(0, 1)
     return np.concatenate([plain[:, None], pixels], axis=1), captions
+
+
+def _is_readable(source: sources.Source, index: int) -> bool:
+    try:
+        source[index]
+    except InputError:
+        return False
+    return True

@@ -3,10 +3,10 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 
 from convnext_jax.data import pipeline, sources
 from convnext_jax.data.sources import ArraySource
+from convnext_jax.data.workers import Workers
 from convnext_jax.errors import InputError
 from convnext_jax.image import CROP_DRAWS, ConvNextImageProcessor, sample_crop
 
@@ -38,6 +39,19 @@ def ids(rows: list[dict[str, np.ndarray]]) -> list[int]:
     return np.concatenate([batch["id"] for batch in rows]).tolist()
 
 
+def joined(parts: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The global batches of processes that share a run."""
+    return [
+        {
+            key: [row for part in step for row in part[key]]
+            if key == "unreadable"
+            else np.concatenate([part[key] for part in step])
+            for key in step[0]
+        }
+        for step in zip(*parts, strict=True)
+    ]
+
+
 def assert_same(actual: list[dict[str, np.ndarray]], expected: list[dict[str, np.ndarray]]) -> None:
     assert len(actual) == len(expected)
     for got, wanted in zip(actual, expected, strict=True):
@@ -52,6 +66,7 @@ def assert_same(actual: list[dict[str, np.ndarray]], expected: list[dict[str, np
 def test_train_batch_contents():
     source = toy(10)
     (batch,) = batches(source, 1)
+    assert batch.pop("unreadable") == []
     assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
         "image": ((4, SIZE, SIZE, 3), np.uint8),
         "label": ((4,), np.int32),
@@ -107,11 +122,7 @@ def test_processes_share_the_batches_of_one(process_count: int):
         )
         for i in range(process_count)
     ]
-    joined = [
-        {key: np.concatenate([part[key] for part in step]) for key in step[0]}
-        for step in zip(*parts, strict=True)
-    ]
-    assert_same(joined, whole)
+    assert_same(joined(parts), whole)
 
 
 @pytest.mark.parametrize("done", [0, 1, 6, 7, 20])
@@ -207,13 +218,19 @@ def test_processes_that_read_the_files_change_nothing(folder: sources.FolderSour
     assert None not in [process.poll() for process in processes]
 
 
-def test_an_unreadable_file_is_named(folder: sources.FolderSource):
-    damaged = folder.root / folder.paths[4]
-    damaged.write_bytes(damaged.read_bytes()[:-50])
-    for options in ({}, {"crop_scale": None}, {"num_workers": 3}):
-        with pytest.raises(InputError) as caught:
-            batches(folder, 2, **options)
-        assert str(damaged) in str(caught.value)
+def test_processes_end_where_no_iterator_can_be_made(folder, monkeypatch: pytest.MonkeyPatch):
+    started = []
+
+    def workers(*arguments: object) -> Workers:
+        started.append(Workers(*arguments))
+        return started[0]
+
+    monkeypatch.setattr(pipeline, "Workers", workers)
+    monkeypatch.setattr(grain, "ReadOptions", None)
+    with pytest.raises(TypeError):
+        batches(folder, 1, num_workers=3)
+    assert len(started) == 1
+    assert None not in [process.poll() for process in started[0]._processes]
 
 
 def test_no_random_crop_is_the_evaluation_transform():
@@ -261,6 +278,15 @@ def test_large_pictures_of_the_right_size_are_not_warped():
 # --- evaluation ---
 
 
+def test_evaluation_uses_no_more_threads_than_help():
+    before = set(threading.enumerate())
+    arguments = {"batch_size": 1, "image_size": SIZE}
+    with closing(pipeline.eval_batches(toy(100), **arguments, num_workers=50)) as iterator:
+        next(iterator)
+        # grain keeps one of its own, which fetches the batches.
+        assert 0 < len(set(threading.enumerate()) - before) <= pipeline._MOST_THREADS + 1
+
+
 @pytest.mark.parametrize("process_count", [1, 2, 3])
 @pytest.mark.parametrize(("examples", "batch_size"), [(10, 4), (12, 4), (1, 4), (7, 7), (9, 2)])
 def test_evaluation_counts_every_example_once(examples: int, batch_size: int, process_count: int):
@@ -286,7 +312,8 @@ def test_evaluation_counts_every_example_once(examples: int, batch_size: int, pr
         assert batch["image"].dtype == np.uint8
         assert (batch["label"].dtype, batch["id"].dtype) == (np.int32, np.int32)
         assert batch["mask"].dtype == np.float32
-    rows = {key: np.concatenate([batch[key] for batch in in_order]) for key in in_order[0]}
+    (rows,) = joined([[batch] for batch in in_order])
+    assert rows["unreadable"] == []
     real = rows["mask"] == 1
     assert real.sum() == rows["mask"].sum() == examples
     assert rows["id"][real].tolist() == list(range(examples))
@@ -366,28 +393,150 @@ def test_evaluation_equals_the_image_processor(
 
 
 class Damaged(ArraySource):
-    """A source whose picture 5 cannot be read."""
+    """A source of which every third picture, and one more, cannot be read."""
 
     def __getitem__(self, index: int) -> dict:
-        if index == 5:
-            raise InputError("toy/5: cannot be read; remove it")
+        if index % 3 == 0 or index == 5:
+            raise InputError(f"toy/{index}: cannot be read; remove it")
         return super().__getitem__(index)
 
 
-def damaged_iterators() -> Iterator[grain.DatasetIterator]:
-    source = toy(9)
-    source.__class__ = Damaged
-    for num_workers in (0, 2):
-        common = {"batch_size": 3, "image_size": SIZE, "num_workers": num_workers}
-        yield pipeline.train_batches(source, **common, seed=0)
-        yield pipeline.eval_batches(source, **common)
+@pytest.fixture(params=["files", "kept in memory", "no files"])
+def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[sources.Source, set[int]]:
+    """A source of 24 pictures, and those of them that cannot be read."""
+    if request.param == "no files":
+        source = toy(24)
+        source.__class__ = Damaged
+        source.size = None
+        return source, {*range(0, 24, 3), 5}
+    rng = np.random.default_rng(0)
+    names = [f"{i}.jpg" for i in range(24)]
+    for i, name in enumerate(names):
+        image = Image.fromarray(rng.integers(0, 256, (20 + i, 40 - i, 3), np.uint8))
+        # What the name says of the format matters as little here as elsewhere.
+        image.save(tmp_path / name, format="PNG" if i % 2 else "JPEG")
+    content = (tmp_path / names[3]).read_bytes()
+    (tmp_path / names[3]).write_bytes(content[: len(content) // 2])
+    content = (tmp_path / names[20]).read_bytes()
+    (tmp_path / names[20]).write_bytes(content[: len(content) // 2])
+    (tmp_path / names[8]).write_bytes(b"")
+    (tmp_path / names[13]).write_text("not a picture")
+    (tmp_path / names[17]).unlink()
+    source = sources.FolderSource(tmp_path, names, np.arange(24) % 5)
+    if request.param == "kept in memory":
+        source.keep_in_memory()
+    return source, {3, 8, 13, 17, 20}
 
 
-def test_an_unreadable_picture_reaches_the_caller_as_it_is():
-    for iterator in damaged_iterators():
-        with closing(iterator), pytest.raises(InputError) as caught:
-            list(islice(iterator, 3))
-        assert str(caught.value) == "toy/5: cannot be read; remove it"
+@pytest.mark.parametrize("crop_scale", [(0.08, 1.0), None])
+def test_what_cannot_be_read_is_replaced_and_listed(damaged, crop_scale):
+    source, bad = damaged
+    epochs = batches(source, 18, crop_scale=crop_scale)  # three
+    missed = [number for batch in epochs for number, _ in batch["unreadable"]]
+    assert set(missed) == bad
+    assert len(missed) >= 3 * len(bad)
+    for batch in epochs:
+        assert batch["image"].shape == (4, SIZE, SIZE, 3)
+        assert not bad & set(batch["id"].tolist())
+        assert batch["label"].tolist() == source.labels[batch["id"]].tolist()
+        for number, reason in batch["unreadable"]:
+            with pytest.raises(InputError) as caught:
+                source[number]
+            assert reason == str(caught.value)
+        if crop_scale is None:
+            for image, number in zip(batch["image"], batch["id"].tolist(), strict=True):
+                expected = pipeline.eval_transform(source[number]["image"], SIZE)
+                assert np.array_equal(image, expected)
+    good = set(range(24)) - bad
+    for epoch in range(3):  # what can be read is met in every epoch as it would be without
+        assert good <= set(ids(epochs[6 * epoch : 6 * epoch + 6]))
+
+
+def test_replacements_are_drawn_by_place_in_the_stream(damaged):
+    """The examples and the pixels of batches, worked out anew from the definition."""
+    source, bad = damaged
+    _, crop_seed, replace_seed = np.random.SeedSequence(5).generate_state(3).tolist()
+    order = ids(batches(toy(24), 6, seed=5, batch_size=4))
+    tried = []
+    for step, batch in enumerate(batches(source, 6, seed=5)):
+        expected, missed = order[4 * step : 4 * step + 4], []
+        for place, number in enumerate(expected):
+            spare = np.random.default_rng((replace_seed, step, place)).integers(24, size=32)
+            chain = [number, *spare.tolist()]
+            tries = next(i for i, number in enumerate(chain) if number not in bad)
+            missed += chain[:tries]
+            expected[place] = chain[tries]
+            tried.append(tries)
+        assert batch["id"].tolist() == expected
+        assert [number for number, _ in batch["unreadable"]] == missed
+        draws = np.random.default_rng((crop_seed, step)).random((4, *CROP_DRAWS))
+        for row, number in enumerate(expected):
+            picture = source[number]["image"]
+            top, left, height, width = sample_crop(
+                draws[row], *picture.shape[:2], (0.08, 1.0), (3 / 4, 4 / 3)
+            )
+            picture = Image.fromarray(picture).crop((left, top, left + width, top + height))
+            wanted = np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
+            assert np.abs(batch["image"][row].astype(int) - wanted).max() <= 1
+    assert max(tried) > 1, "no replacement was replaced"
+
+
+def test_replacements_depend_on_neither_threads_nor_processes(damaged):
+    source, _ = damaged
+    expected = batches(source, 10, batch_size=8, num_workers=0)
+    for num_workers in (1, 3):  # from three on, files are read by processes of their own
+        assert_same(batches(source, 10, batch_size=8, num_workers=num_workers), expected)
+    for process_count in (2, 4):
+        shared = {"batch_size": 8 // process_count, "process_count": process_count}
+        parts = [batches(source, 10, **shared, process_index=i) for i in range(process_count)]
+        assert_same(joined(parts), expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_replacements_are_the_same_after_a_resume(damaged, num_workers: int):
+    source, _ = damaged
+    expected = batches(source, 12)
+    arguments = {"batch_size": 4, "image_size": SIZE, "seed": 0, "num_workers": num_workers}
+    with closing(pipeline.train_batches(source, **arguments)) as iterator:
+        list(islice(iterator, 5))
+        state = json.dumps(iterator.get_state())
+    with closing(pipeline.train_batches(source, **arguments)) as iterator:
+        next(iterator)
+        iterator.set_state(json.loads(state))
+        assert_same(list(islice(iterator, 7)), expected[5:])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_where_nothing_can_be_read_the_caller_is_told(tmp_path: Path, num_workers: int):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    source = sources.FolderSource(tmp_path, ["a.jpg", "b.jpg"], np.zeros(2, int))
+    for crop_scale in ((0.08, 1.0), None):
+        with pytest.raises(InputError, match=r"33 examples drawn .* the last: .*[ab]\.jpg"):
+            batches(source, 1, num_workers=num_workers, crop_scale=crop_scale)
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_evaluation_leaves_out_what_cannot_be_read(damaged, process_count: int):
+    source, bad = damaged
+    arguments = {"batch_size": 5, "image_size": SIZE, "process_count": process_count}
+    parts = []
+    for i in range(process_count):
+        with closing(pipeline.eval_batches(source, **arguments, process_index=i)) as iterator:
+            parts.append(list(iterator))
+    in_order = [[batch] for step in zip(*parts, strict=True) for batch in step]
+    (rows,) = joined(in_order)
+    real = rows["mask"] == 1
+    good = sorted(set(range(24)) - bad)
+    assert rows["id"][real].tolist() == good
+    assert rows["label"][real].tolist() == source.labels[good].tolist()
+    for image, number in zip(rows["image"][real], good, strict=True):
+        expected = pipeline.eval_transform(source[number]["image"], SIZE)
+        assert np.array_equal(image, expected)
+    assert [number for number, _ in rows["unreadable"]] == sorted(bad)
+    assert set(rows["id"][~real]) == {-1}
+    for key in ("image", "label", "mask"):
+        assert not rows[key][~real].any()
 
 
 class Slow(ArraySource):

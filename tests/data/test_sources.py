@@ -551,10 +551,14 @@ def test_pictures_kept_in_memory(tmp_path: Path, one_size: bool):
         assert np.array_equal(batch, np.stack([pictures[i]["image"] for i in (4, 0, 4)]))
 
 
-def test_damaged_picture_is_named_when_kept_in_memory(tmp_path: Path):
-    damaged = two_trees(tmp_path) / "val" / "cat" / "y.png"
+def test_damaged_picture_kept_in_memory_is_named_when_asked_for(tmp_path: Path):
+    damaged = two_trees(tmp_path) / "train" / "cat" / "1.png"
     damaged.write_bytes(b"")
-    raises_one_line(lambda: sources.image_folder(tmp_path, in_memory=True), damaged)
+    source = sources.image_folder(tmp_path, in_memory=True).train
+    for _ in range(2):
+        raises_one_line(lambda: source[1], damaged)
+    assert source[2]["image"].shape == source[0]["image"].shape
+    assert source.size is None  # no array holds them all
 
 
 @pytest.mark.parametrize("content", [b"", b"not a picture"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import FrozenConfigDict
 
+from convnext_jax.errors import InputError
 from convnext_jax.image.processor import resize_rule
 from convnext_jax.outputs import ImageClassifierOutputWithNoAttention
 from convnext_jax.training.config import default_config
@@ -20,14 +21,14 @@ CLASSES = 7
 def batches_of(examples: dict[str, np.ndarray], size: int) -> list[dict[str, np.ndarray]]:
     """Batches as `eval_batches` makes them: the last one filled up with what does not count."""
     count = len(examples["label"])
-    examples = {**examples, "mask": np.ones(count, np.float32)}
+    examples = {"id": np.arange(count), **examples, "mask": np.ones(count, np.float32)}
     padding = -count % size
     filled = {
         name: np.pad(value, [(0, padding)] + [(0, 0)] * (value.ndim - 1))
         for name, value in examples.items()
     }
     return [
-        {name: value[start : start + size] for name, value in filled.items()}
+        {name: value[start : start + size] for name, value in filled.items()} | {"unreadable": []}
         for start in range(0, count, size)
     ]
 
@@ -75,6 +76,27 @@ def test_every_example_counts_once(examples):
         assert matrix.trace() == (expected["position"] < 1).sum()
 
 
+def test_examples_that_cannot_be_read_are_in_no_figure():
+    images = np.zeros((6, 1, 3, 3), np.uint8)
+    labels = np.array([0, 1, 0, 1, 0, 1], np.int32)
+    images[labels == 1, 0, 0, 1] = 3  # right, but for the last
+    images[5] = 0
+    batches = batches_of({"image": images, "label": labels}, 4)
+    for batch, row, number in ((batches[0], 1, 1), (batches[1], 0, 4)):
+        batch["mask"][row], batch["id"][row], batch["label"][row] = 0, -1, 0
+        batch["unreadable"].append((number, f"{number} cannot be read"))
+    result = evaluate(scale_and_score, {"val": jnp.float32(1)}, batches)["val"]
+    assert result.ids.tolist() == [0, 2, 3, 5]
+    assert result.labels.tolist() == [0, 0, 1, 1]
+    assert result.metrics["top1"] == 3 / 4
+    assert result.ids[result.worst_mistakes(9)].tolist() == [5]
+    assert result.unreadable == ((1, "1 cannot be read"), (4, "4 cannot be read"))
+    for batch in batches:
+        batch["mask"][:] = 0
+    with pytest.raises(InputError, match=r"none of the 2 examples .* the first: 1 cannot be read"):
+        evaluate(scale_and_score, {"val": jnp.float32(1)}, batches)
+
+
 class PixelsAsLogits:
     """A network whose logits are its pixels, over an axis of devices."""
 
@@ -119,7 +141,10 @@ def test_nan_counts_as_wrong():
     sums, examples = score(jnp.asarray(logits), labels, np.ones(3))
     assert float(sums["top1"]) == float(sums["top5"]) == 1
     result = Evaluation(
-        {}, labels, *(np.asarray(examples[k]) for k in ("prediction", "confidence", "loss"))
+        {},
+        np.arange(3),
+        labels,
+        *(np.asarray(examples[k]) for k in ("prediction", "confidence", "loss")),
     )
     assert result.right.tolist() == [False, False, True]
     right, count = result.per_class(CLASSES)
@@ -130,7 +155,7 @@ def test_nan_counts_as_wrong():
 def made_up(labels, predictions, confidences) -> Evaluation:
     losses = np.zeros(len(labels), np.float32)
     return Evaluation(
-        {}, np.array(labels, np.int32), np.array(predictions, np.int32),
+        {}, np.arange(len(labels)), np.array(labels, np.int32), np.array(predictions, np.int32),
         np.array(confidences, np.float32), losses,
     )  # fmt: skip
 

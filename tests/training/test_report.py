@@ -273,7 +273,12 @@ def evaluation(labels, predictions, confidences=None, **metrics) -> Evaluation:
     top1 = float((labels == predictions).mean())
     metrics = {"loss": 0.25, "top1": top1, "top5": 1.0, **metrics}
     return Evaluation(
-        metrics, labels, predictions, confidences.astype(np.float32), np.zeros(len(labels))
+        metrics,
+        np.arange(len(labels)),
+        labels,
+        predictions,
+        confidences.astype(np.float32),
+        np.zeros(len(labels)),
     )
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 from ml_collections import FrozenConfigDict
+from PIL import Image
 
 from convnext_jax.data import sources
 from convnext_jax.training.config import default_config
@@ -28,6 +29,28 @@ def test_every_row_starts_with_an_example_as_it_is():
         np.testing.assert_array_equal(pictures[row, 0], example["image"])
         assert captions[row] == [str(example["label"])] * 4
     assert len(np.unique(pictures[:, 0].reshape(4, -1), axis=0)) == 4
+
+
+def test_examples_that_cannot_be_read_are_not_among_them(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    # Of the places 0, 3, 7 and 11: the next, that of the next place, and none.
+    broken = [0, 3, 4, 5, 6, 11]
+    for i in broken:
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    source = sources.FolderSource(tmp_path, [f"{i}.png" for i in range(12)], np.arange(12))
+    config = default_config()
+    config.update({"image_size": 8, "crop_pct": 1.0, "augment": "", "mixup": 0.0, "cutmix": 0.0})
+    names = tuple(map(str, range(12)))
+    pictures, captions = augmentation_grid(
+        FrozenConfigDict(config), sources.Dataset(source, source, names), rows=4, draws=3
+    )
+    assert [row[0] for row in captions] == ["1", "7"]
+    assert pictures.shape == (2, 4, 8, 8, 3)
+    for row, index in enumerate((1, 7)):
+        np.testing.assert_array_equal(pictures[row, 0], source[index]["image"])
+        assert captions[row] == [str(index)] * 4
 
 
 def test_each_draw_is_another_crop_of_its_own_row():
