@@ -201,7 +201,9 @@ class Sharded:
             gradients, metrics = local_gradients(params, *arguments, model=model, config=config)
             return jax.tree.map(self._scattered_mean, gradients), jax.lax.pmean(metrics, AXIS)
 
-        def step(state: TrainState, batch: PyTree, key: jax.Array) -> tuple[TrainState, Metrics]:
+        def train_step(
+            state: TrainState, batch: PyTree, key: jax.Array
+        ) -> tuple[TrainState, Metrics]:
             whole, split = PartitionSpec(), PartitionSpec(AXIS)
             specs = jax.tree.map(lambda x: sharded_spec(x.shape, len(self.devices)), state.params)
             gradients, metrics = jax.shard_map(
@@ -217,7 +219,7 @@ class Sharded:
             sharding = self.state_sharding(state)
             return jax.lax.with_sharding_constraint(state, sharding), metrics
 
-        return jax.jit(step, donate_argnums=(0,))
+        return jax.jit(train_step, donate_argnums=(0,))
 
     def eval_step(
         self, model: ConvNextForImageClassification, config: FrozenConfigDict

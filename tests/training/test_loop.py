@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from PIL import Image
 
 from convnext_jax import ConvNextForImageClassification, ConvNextImageProcessor, InputError
 from convnext_jax.data import pipeline, sources
-from convnext_jax.training import loop, parallel
+from convnext_jax.training import checkpointing, loop, parallel
+from convnext_jax.training import step as step_module
 from convnext_jax.training.config import default_config
 from convnext_jax.training.metrics import MetricsWriter, read_rows
 
@@ -97,7 +100,11 @@ class Stopped(Exception):
     """Stands for whatever ends a run between two steps."""
 
 
-def stop_after(monkeypatch, batches_taken: int):
+def end() -> None:
+    raise Stopped
+
+
+def stop_after(monkeypatch, batches_taken: int, stop=end):
     original = pipeline.train_batches
 
     def train_batches(*args, **options):
@@ -108,7 +115,7 @@ def stop_after(monkeypatch, batches_taken: int):
 
             def __next__(self):
                 if self.taken == batches_taken:
-                    raise Stopped
+                    stop()
                 self.taken += 1
                 return next(batches)
 
@@ -371,6 +378,154 @@ def test_wrong_settings_say_so_and_write_nothing(changes, message, tmp_path):
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match=r"the loss is \S+ and its gradient.* at step \d+"):
         loop.train(toy_config(learning_rate=1e30, warmup_epochs=0.0), tmp_path / "run")
+
+
+def test_state_and_batch_of_a_loss_that_is_not_finite_are_kept(tmp_path, monkeypatch):
+    spoil_step(monkeypatch, 7)
+    with pytest.raises(FloatingPointError, match=r"at step 7\."):
+        loop.train(toy_config(), tmp_path / "run")
+    with np.load(tmp_path / "run" / "not_finite" / "step_7_process_0.npz") as batch:
+        ids = batch["id"].tolist()
+    rows = read_rows(tmp_path / "run" / "examples.jsonl")
+    assert ids == rows[6]["ids"]
+    # A run that is given that checkpoint does the step again, with the same batch.
+    kept = tmp_path / "run" / "not_finite"
+    assert (kept / "6").is_dir()
+    again = tmp_path / "again"
+    (again / "checkpoints").mkdir(parents=True)
+    shutil.copytree(kept / "6", again / "checkpoints" / "6")
+    for name in ("config.json", "data.json"):
+        shutil.copy(tmp_path / "run" / name, again)
+    with pytest.raises(FloatingPointError, match=r"at step 7\."):
+        loop.train(toy_config(), again)
+    assert read_rows(again / "examples.jsonl")[0] == {"step": 7, "ids": ids}
+
+
+def spoil_step(monkeypatch, number: int) -> None:
+    """Makes the gradients of one step infinite."""
+    original = step_module.local_gradients
+
+    def local_gradients(params, step, *arguments, **options):
+        gradients, metrics = original(params, step, *arguments, **options)
+        factor = jax.numpy.where(step == number - 1, jax.numpy.inf, 1.0)
+        return jax.tree.map(lambda g: g * factor, gradients), metrics
+
+    monkeypatch.setattr(step_module, "local_gradients", local_gradients)
+
+
+def test_steps_may_be_left_out(tmp_path, monkeypatch, capsys):
+    spoil_step(monkeypatch, 6)
+    final = loop.train(toy_config(max_skipped_steps=1), tmp_path / "run")
+    assert final["steps"] == 55
+    assert "at step 6: left out, 1 of 1 allowed" in capsys.readouterr().out
+    rows = {row["step"]: row for row in read_rows(tmp_path / "run" / "metrics.jsonl")}
+    assert rows[3].keys() >= {"train/loss"}
+    assert rows[6] == {"step": 6, "train/skipped": 1}
+    assert rows[9]["train/skipped"] == 1
+    assert np.isfinite(rows[9]["train/loss"])
+
+
+def test_sigterm_ends_with_a_checkpoint(finished, tmp_path, monkeypatch):
+    whole, final = finished
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 30, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(loop.Preempted, match="saved step 30 of 55"):
+            loop.train(toy_config(), workdir)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert loop.train(toy_config(), workdir) == final
+    for name in ("metrics.jsonl", "examples.jsonl", "model/model.safetensors"):
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_sigterm_in_an_evaluation(finished, tmp_path, monkeypatch):
+    """It is given up, and made when the run continues."""
+    whole, final = finished
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        original = pipeline.eval_batches
+
+        def eval_batches(*args, **options):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **options)
+
+        patch.setattr(pipeline, "eval_batches", eval_batches)
+        with pytest.raises(loop.Preempted, match="saved step 44 of 55"):
+            loop.train(toy_config(), workdir)
+    assert not any("val/loss" in row for row in read_rows(workdir / "metrics.jsonl"))
+    assert loop.train(toy_config(), workdir) == final
+    assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "lost", "empty"])
+def test_damaged_newest_checkpoint_gives_way_to_the_one_before(damage, finished, tmp_path, capsys):
+    whole, final = finished
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    newest = workdir / "checkpoints" / "55"
+    files = [file for file in newest.glob("state/**/d/*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    if damage == "cut":
+        largest.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+    elif damage == "lost":
+        largest.unlink()
+    else:
+        shutil.rmtree(newest)
+        newest.mkdir()
+    assert loop.train(toy_config(), workdir) == final
+    said = capsys.readouterr().out
+    assert "checkpoint 55 in" in said
+    assert "cannot be read" in said
+    assert "resumed from step 44" in said
+    assert (workdir / "damaged_checkpoints" / "55").is_dir()
+    assert newest.is_dir()  # saved again
+    assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_checkpoints_that_are_all_damaged(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    for file in (workdir / "checkpoints").glob("*/state/**/d/*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(InputError, match="none of the checkpoints in"):
+        loop.train(toy_config(), workdir)
+
+
+def test_the_best_checkpoint_stays(tmp_path, monkeypatch):
+    """Beside the newest."""
+    original, top1 = checkpointing.save, iter([0.1, 0.8, 0.8, 0.3, 0.5])
+    saved = []
+
+    def save(checkpoints, state, data, config, measured):
+        saved.append(measured)
+        original(checkpoints, state, data, config, next(top1))
+
+    monkeypatch.setattr(checkpointing, "save", save)
+    config = toy_config(keep_checkpoints=1, checkpoint_every_epochs=1.0, eval_every_epochs=1.0)
+    loop.train(config, tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert saved == [row["val_ema/top1"] for row in rows if "val_ema/top1" in row]
+    kept = {int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {33, 55}  # of two that are equal the later one
+
+
+@pytest.mark.parametrize("layout", ["pmap", "sharded"])
+def test_one_program_for_training_and_one_for_evaluation(layout, tmp_path, caplog):
+    """Of a new run as of one that continues."""
+    config = toy_config(parallelism=layout, epochs=3.0, eval_every_epochs=1.0)
+    names = {"pmap": ["_fun", "_fun"], "sharded": ["eval_step", "train_step"]}[layout]
+    for _ in range(2):
+        caplog.clear()
+        with jax.log_compiles():
+            loop.train(config, tmp_path / "run")
+        compiled = re.findall(r"Finished XLA compilation of jit\((\w+)\)", caplog.text)
+        assert sorted(name for name in compiled if name in names) == names
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "33")
 
 
 def test_rows_after_the_resumed_step_and_a_torn_last_row_are_dropped(tmp_path):
