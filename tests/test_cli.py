@@ -423,7 +423,7 @@ def test_evaluate_stopped_by_a_key(model_folder, class_folders, monkeypatch, cap
     def stop(*_arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("convnext_jax.evaluate.evaluation.split", stop)
+    monkeypatch.setattr("convnext_jax.evaluate.evaluation.evaluate", stop)
     assert main(["evaluate", str(model_folder), str(class_folders)]) == 130
     assert capsys.readouterr().out == ""
 

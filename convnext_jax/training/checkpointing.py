@@ -25,6 +25,7 @@ from ml_collections import FrozenConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from convnext_jax.errors import InputError
+from convnext_jax.training import parallel
 from convnext_jax.training.step import TrainState
 
 PyTree = Any
@@ -180,6 +181,7 @@ def _set_aside(checkpoints: ocp.CheckpointManager, step: int) -> None:
         aside.mkdir(exist_ok=True)
         shutil.rmtree(aside / str(step), ignore_errors=True)
         (folder / str(step)).rename(aside / str(step))
+    parallel.wait_for_all("checkpoint is set aside")
     print(f"checkpoint {step} was moved to {aside}")
 
 

@@ -269,7 +269,7 @@ def _train(
                 "another --workdir with a lower learning_rate, or with gradient_clip; or the same "
                 "with a larger max_skipped_steps"
             ) from None
-        if profile_steps and step == start + 1 + profile_steps:
+        if profile_steps and start + 2 <= step == min(start + 1 + profile_steps, plan.total_steps):
             jax.block_until_ready(state.params)
             jax.profiler.stop_trace()
             bar.write(f"{workdir / 'profile'}: a trace of {profile_steps} steps", file=sys.stdout)
@@ -309,8 +309,7 @@ def _train(
         final = write_results(
             config, workdir, model, dataset, weights, last_evaluation, exported, plan.total_steps
         )
-    if jax.process_count() > 1:  # the first process is the one that the others cannot do without
-        multihost_utils.sync_global_devices("results")
+    parallel.wait_for_all("results")  # the first process is one that the others cannot do without
     return final or read_json(workdir / "metrics.json")
 
 
@@ -429,16 +428,14 @@ def _open_workdir(workdir: Path, config: FrozenConfigDict, data: dict[str, str])
     is_run = config_path.exists() or data_path.exists()
     if workdir.exists() and (not workdir.is_dir() or (any(workdir.iterdir()) and not is_run)):
         raise InputError(f"{workdir} exists and is not the folder of a run: give another --workdir")
-    if jax.process_count() > 1:  # all have looked before one writes
-        multihost_utils.sync_global_devices("workdir")
+    parallel.wait_for_all("workdir")  # all have looked before one writes
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         # The settings in one move and last: a folder that has checkpoints has both files whole.
         data_path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         os.replace(partial, config_path)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("workdir is made")
+    parallel.wait_for_all("workdir is made")
 
 
 def _differences(ours: Any, theirs: Any, prefix: str = "") -> list[str]:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import FrozenConfigDict
 
@@ -65,9 +66,9 @@ def join(
     try:
         jax.distributed.initialize(coordinator, processes, process)
     except ValueError as error:
-        if coordinator is not None:
-            raise InputError(f"--coordinator={coordinator}: {error}") from error
-        # Nothing said that there are others: one process, the usual case.
+        if "coordinator_address should be defined" in str(error):
+            return  # nothing says that there are others: one process, the usual case
+        raise InputError(f"the processes of the run cannot be joined ({error})") from error
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"the processes of the run did not meet ({reason})") from error
@@ -288,12 +289,16 @@ def sharded_spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:
     return PartitionSpec(*(AXIS if i == axis else None for i in range(axis + 1)))
 
 
+def wait_for_all(place: str) -> None:
+    """Returns when every process has come to this place of the program."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(place)
+
+
 def agree(value: bool) -> bool:
     """Whether any process says yes; every process must ask."""
     if jax.process_count() == 1:
         return value
-    from jax.experimental import multihost_utils
-
     return bool(multihost_utils.process_allgather(jnp.asarray(value)).any())
 
 
