@@ -142,7 +142,9 @@ def _removing_what_failed(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # orbax and tensorstore raise of every kind
-        # Its space may be what the next one needs.
+        # Its space may be what the next one needs. Some of its writers may still be at work.
+        with contextlib.suppress(Exception):
+            checkpoints.wait_until_finished()
         if jax.process_index() == 0:
             for partial in Path(checkpoints.directory).glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(partial, ignore_errors=True)

@@ -176,7 +176,7 @@ def test_killed_twenty_times(whole, tmp_path, cache):
             until(process, lambda: is_saving(workdir))  # noqa: B023
         else:
             until(process, lambda: rows.exists() and rows.stat().st_mtime_ns > before)  # noqa: B023
-            time.sleep(rng.uniform(0, 0.4))
+            time.sleep(rng.uniform(0, 3))
         if steps_of(workdir) == STEPS:
             ends_well(process, workdir)
             runs.append(tmp_path / f"run_{len(runs)}")
@@ -190,8 +190,9 @@ def test_killed_twenty_times(whole, tmp_path, cache):
     for workdir in runs:
         assert_equal_runs(workdir, whole["pmap"])
     said = "".join(log_of(workdir).read_text() for workdir in runs)
-    print(f"{kills} kills, {during_saves} of them during a save; resumed from steps",
-          re.findall(r"resumed from step (\d+)", said))  # fmt: skip
+    resumed = re.findall(r"resumed from step (\d+)", said)
+    print(f"{kills} kills of {len(runs)} runs, {during_saves} during a save; resumed from", resumed)
+    assert len(set(resumed)) >= 4
 
 
 def is_saving(workdir: Path) -> bool:
@@ -254,7 +255,6 @@ def test_disk_that_is_full(failed_save, whole, tmp_path, cache):
     else:
         assert status == 2
         assert "Make room" in said
-        assert not any(checkpoints.glob("*tmp*"))
         ends_well(start(workdir, cache=cache), workdir)
         assert "resumed from step" in log_of(workdir).read_text()
     assert_equal_runs(workdir, whole["pmap"])
