@@ -530,11 +530,11 @@ def _autocontrast_table(images: jax.Array) -> jax.Array:
     low = images.min((1, 2)).astype(jnp.int32)[..., None]
     high = images.max((1, 2)).astype(jnp.int32)[..., None]
     levels = jnp.arange(256)
-    stretched = 255 * (levels - low) // jnp.maximum(high - low, 1)
-    code = (low * 256 + high) * 256 + levels
-    known = jnp.asarray(_rounded_below())
-    place = jnp.searchsorted(known, code, method="scan_unrolled")
-    stretched -= known[jnp.minimum(place, len(known) - 1)] == code
+    span = jnp.maximum(high - low, 1)
+    stretched, rest = jnp.divmod(255 * (levels - low), span)
+    # One number a channel is looked up, not one a level: gathers are what a TPU is slow at.
+    is_below = jnp.asarray(_rounded_below())[low, high] >> (stretched & 31).astype(jnp.uint32) & 1
+    stretched -= jnp.where(rest == 0, is_below.astype(jnp.int32), 0)
     return jnp.where(high > low, jnp.clip(stretched, 0, 255), levels)
 
 
@@ -546,18 +546,21 @@ def _rounded_below() -> np.ndarray:
     exact value is whole, rounding can leave less, and `int` then takes the number before it.
 
     Returns:
-      Sorted int32 codes (low * 256 + high) * 256 + level.
+      [256, 256] uint32, by the lowest and the highest level of a channel: bit v % 32 is set where
+      the whole number v becomes v - 1. These v are few and at equal, odd distances, so that no two
+      have the same bit.
     """
     low, high = np.triu_indices(256, 1)
-    codes = []
+    scale = 255.0 / (high - low)
+    bits = np.zeros((256, 256), np.uint32)
     for level in range(256):
-        use = (low <= level) & (level <= high)
-        first, last = low[use], high[use]
-        scale = 255.0 / (last - first)
-        computed = (level * scale + -first * scale).astype(np.int64)
-        below = computed < 255 * (level - first) // (last - first)
-        codes.append(((first * 256 + last) * 256 + level)[below])
-    return np.sort(np.concatenate(codes)).astype(np.int32)
+        exact, rest = np.divmod(255 * (level - low), high - low)
+        computed = (level * scale + -low * scale).astype(np.int64)
+        is_below = (low <= level) & (level <= high) & (rest == 0) & (computed < exact)
+        bits[low[is_below], high[is_below]] |= np.uint32(1) << (exact[is_below] % 32).astype(
+            np.uint32
+        )
+    return bits
 
 
 def _equalize_table(images: jax.Array) -> jax.Array:
