@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike, DTypeLike
 
 from convnext_jax import losses, ops
@@ -37,6 +38,10 @@ EPSILON = 1e-6
 KERNEL_SIZE = 7
 EXPANSION = 4
 
+# What a block keeps for its backward pass, beside its input: the two maps that are dear to compute.
+# The norm and the activation, whose results are as large, are cheap to compute again.
+KEPT = jax.checkpoint_policies.save_only_these_names("conv", "hidden")
+
 
 class ConvNextModule(nn.Module):
     """What all parts of the network share: their configuration and their numerics.
@@ -51,7 +56,8 @@ class ConvNextModule(nn.Module):
         for the forms that also support forward-mode derivatives.
       axis_name: the mapped axis over which the batch is split, under `jax.pmap`; with it, drop path
         draws its mask for the global batch, and the result is that of one device.
-      remat: compute each block again in the backward pass instead of keeping its activations.
+      remat: keep a block's input alone for the backward pass, and compute the rest again; else the
+        convolution's map and the hidden layer are kept too.
     """
 
     config: ConvNextConfig
@@ -123,6 +129,30 @@ class DepthwiseConv(ConvNextModule):
         return y + bias
 
 
+class ScaledDense(ConvNextModule):
+    """A dense layer whose outputs are scaled, each by its own factor; (..., C) to (..., features).
+
+    In training the factors are multiplied into the kernel: so their gradient comes from that of the
+    kernel, and the outputs need not be kept for it.
+
+    Attributes:
+      features: of the output.
+    """
+
+    features: int = 0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, scale: jax.Array, train: bool = False) -> jax.Array:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self._kernel_init, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        if train:
+            kernel, bias = kernel * scale, bias * scale
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = jnp.dot(x, kernel, precision=self.precision) + bias
+        return y if train else y * scale.astype(y.dtype)
+
+
 class ConvNextEmbeddings(ConvNextModule):
     """The stem: patches of the picture, (N, H, W, num_channels) to (N, H/patch, W/patch, width)."""
 
@@ -173,18 +203,19 @@ class ConvNextLayer(ConvNextModule):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         width = x.shape[-1]
-        y = DepthwiseConv(**self.shared, name="dwconv")(x)
+        y = checkpoint_name(DepthwiseConv(**self.shared, name="dwconv")(x), "conv")
         y = self._norm("layernorm")(y)
-        y = self._dense(EXPANSION * width, "pwconv1")(y)
+        y = checkpoint_name(self._dense(EXPANSION * width, "pwconv1")(y), "hidden")
         y = ops.activation(self.config.hidden_act)(y)
         if self.config.model_type == "convnextv2":
             y = GlobalResponseNorm(**self.shared, name="grn")(y)
-        y = self._dense(width, "pwconv2")(y)
         initial_scale = self.config.layer_scale_init_value
         if initial_scale > 0 or self.config.model_type == "dinov3_convnext":
             init = nn.initializers.constant(initial_scale)
             scale = self.param("layer_scale_parameter", init, (width,), self.param_dtype)
-            y = y * scale.astype(y.dtype)
+            y = ScaledDense(**self.shared, features=width, name="pwconv2")(y, scale, train)
+        else:
+            y = self._dense(width, "pwconv2")(y)
         if train and self.drop_path_rate > 0:
             if not self.has_rng("drop_path"):
                 raise InputError(
@@ -210,7 +241,7 @@ class ConvNextStage(ConvNextModule):
             _check_map(f"the map that reaches stage {self.index + 1}", x, 2)
             x = self._norm("downsampling_layer_0")(x)
             x = self._patches(self.config.hidden_sizes[self.index], 2, "downsampling_layer_1")(x)
-        block = nn.remat(ConvNextLayer, static_argnums=(2,)) if self.remat else ConvNextLayer
+        block = nn.remat(ConvNextLayer, static_argnums=(2,), policy=None if self.remat else KEPT)
         for j, rate in enumerate(drop_path_rates(self.config)[self.index]):
             x = block(**self.shared, drop_path_rate=rate, name=f"layers_{j}")(x, train)
         return x

@@ -793,32 +793,60 @@ def test_outputs_pass_through_vmap_and_the_default_implementation():
     )
 
 
-@pytest.mark.parametrize("wrap", ["model", "blocks"])
-def test_remat_gives_the_same_gradients(wrap, monkeypatch):
+def training_loss(model, variables):
+    labels, rngs = jnp.array([0, 2]), {"drop_path": jax.random.key(0)}
+    return model.apply(variables, PICTURES, labels, False, True, True, rngs=rngs).loss
+
+
+@pytest.mark.parametrize("implementation", [None, "plain"])
+@pytest.mark.parametrize("by", ["attribute", "wrapper"])
+def test_remat_gives_the_same_gradients(by, implementation):
     config = SMALL.replace(drop_path_rate=0.5)
-    labels, key = jnp.array([0, 2]), jax.random.key(0)
     _, variables = small(config=config)
-
-    def gradients(model_class):
-        model = model_class(config, implementation="plain")
-        return jax.grad(
-            lambda v: (
-                model.apply(v, PICTURES, labels, False, True, True, rngs={"drop_path": key}).loss
-            )
-        )
-
-    plain = jit(gradients(ConvNextForImageClassification))(variables)
-    if wrap == "model":
-        model_class = nn.remat(ConvNextForImageClassification, static_argnums=(3, 4, 5))
-    else:
-        model_class = ConvNextForImageClassification
-        layer = nn.remat(modeling.ConvNextLayer, static_argnums=(2,))
-        monkeypatch.setattr(modeling, "ConvNextLayer", layer)
-    assert "remat" in str(jax.make_jaxpr(gradients(model_class))(variables))
-    again = jit(gradients(model_class))(variables)
+    model = ConvNextForImageClassification(config, implementation=implementation)
+    wrapped = nn.remat(ConvNextForImageClassification, static_argnums=(3, 4, 5))
+    remat = model.clone(remat=True) if by == "attribute" else wrapped(config)
+    plain, again = (
+        jit(jax.grad(lambda v, model=model: training_loss(model, v)))(variables)
+        for model in (model, remat)
+    )
     assert jax.tree.structure(again) == jax.tree.structure(plain)
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("remat", "kept"), [(False, 1 + 1 + 4), (True, 1)])
+@pytest.mark.parametrize("layer_scale", [0.0, 0.5])
+def test_what_a_block_keeps_for_its_gradient(layer_scale, remat, kept):
+    # Its input, the convolution's map and the hidden layer of four times the width; or the input.
+    def bytes_kept(blocks):
+        config = SMALL.replace(
+            num_stages=1, depths=(blocks,), hidden_sizes=(8,), drop_path_rate=0.5,
+            layer_scale_init_value=layer_scale, hidden_act="gelu",
+        )  # fmt: skip
+        model, variables = small(config=config)
+        backward = jax.vjp(lambda v: training_loss(model.clone(remat=remat), v), variables)[1]
+        parameters = sum(x.nbytes for x in jax.tree.leaves(variables))
+        return sum(x.nbytes for x in jax.tree.leaves(backward)) - parameters
+
+    one_map = 4 * len(PICTURES) * 9 * 6 * 8
+    assert bytes_kept(3) - bytes_kept(2) == pytest.approx(kept * one_map, abs=0.1 * one_map)
+
+
+def test_layer_scale_has_the_same_gradient_within_the_kernel_and_after_it():
+    with jax.enable_x64(True):
+        _, variables = small(config=SMALL.replace(drop_path_rate=0.0, layer_scale_init_value=0.7))
+        variables = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), variables)
+        model = ConvNextForImageClassification(SMALL.replace(drop_path_rate=0.0))
+        pictures, labels = jnp.asarray(PICTURES, jnp.float64), jnp.array([0, 2])
+        within, after = (
+            jax.grad(lambda v, train=train: model.apply(v, pictures, labels, train=train).loss)(
+                variables
+            )
+            for train in (True, False)
+        )
+    for (path, a), b in zip(jax.tree.leaves_with_path(within), jax.tree.leaves(after), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14, err_msg=str(path))
 
 
 def test_forward_mode_and_hessians_with_the_plain_implementation():

@@ -72,6 +72,38 @@ def test_the_dtype_is_kept(name, dtype):
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_gelu_in_half_precision_is_rounded_once(dtype):
+    x = np.arange(2**16, dtype=np.uint16).view(dtype)
+    x = x[np.isfinite(x.astype(np.float32))]
+    wide = x.astype(np.float64)
+    distribution = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in wide])
+    density = np.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
+    eps, smallest = float(jnp.finfo(dtype).eps), float(jnp.finfo(dtype).tiny)
+
+    def check(found, expected, tolerance):
+        # Half a step of the dtype, and what Φ is off. XLA takes numbers below the smallest for 0,
+        # and Φ can be one of them where its derivative, 170 times as much, is not.
+        error = np.abs(np.asarray(found, np.float64) - expected)
+        step = np.exp2(np.floor(np.log2(np.maximum(np.abs(expected), smallest)))) * eps
+        tiny = np.abs(expected) < 200 * smallest
+        bound = np.where(tiny, 200 * smallest, step / 2 + tolerance * np.abs(expected))
+        worst = np.argmax(error / bound)
+        assert error[worst] <= bound[worst], (found[worst], expected[worst])
+
+    gelu, slope = jax.jit(
+        lambda x: jax.jvp(activation("gelu"), (x,), (jnp.ones_like(x),))
+    )(x)  # fmt: skip
+    assert gelu.dtype == slope.dtype == dtype
+    check(gelu, wide * distribution, 2.5e-5)
+    # Near its zero at -0.75 the slope is the difference of two numbers, each with an error.
+    far = np.abs(wide + 0.75) > 0.1
+    check(slope[far], (distribution + wide * density)[far], 2e-4)
+    assert np.array_equal(np.asarray(jax.jit(activation("gelu"))(x)), np.asarray(gelu))
+    backward = jax.jit(jax.vmap(jax.grad(activation("gelu"))))(x)
+    assert np.array_equal(np.asarray(backward), np.asarray(slope))
+
+
 def test_a_callable_is_itself():
     assert activation(jnp.sin) is jnp.sin
 
