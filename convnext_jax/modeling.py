@@ -13,6 +13,7 @@ Randomness comes from the stream "drop_path" alone:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -58,6 +59,9 @@ class ConvNextModule(nn.Module):
         draws its mask for the global batch, and the result is that of one device.
       remat: keep a block's input alone for the backward pass, and compute the rest again; else the
         convolution's map and the hidden layer are kept too.
+      scan: run the blocks of a stage as a loop over their stacked parameters, so that each stage
+        compiles as one block does. The parameters that go in and the gradients that come out are
+        those of the single blocks, as ever.
     """
 
     config: ConvNextConfig
@@ -67,6 +71,7 @@ class ConvNextModule(nn.Module):
     implementation: Literal["plain"] | None = None
     axis_name: str | None = None
     remat: bool = False
+    scan: bool = False
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -195,13 +200,17 @@ class ConvNextLayer(ConvNextModule):
     ConvNeXt V2 has a global response norm inside the MLP, and no layer scale.
 
     Attributes:
-      drop_path_rate: probability of leaving this block out for a sample, in training.
+      drop_path_rate: probability of leaving this block out for a sample, in training; an array
+        where blocks of different rates are one program.
     """
 
-    drop_path_rate: float = 0.0
+    drop_path_rate: float | jax.Array = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, key: jax.Array | None = None
+    ) -> jax.Array:
+        """(N, H, W, C) to the same; drop path takes a key of the stream "drop_path", or `key`."""
         width = x.shape[-1]
         y = checkpoint_name(DepthwiseConv(**self.shared, name="dwconv")(x), "conv")
         y = self._norm("layernorm")(y)
@@ -216,14 +225,20 @@ class ConvNextLayer(ConvNextModule):
             y = ScaledDense(**self.shared, features=width, name="pwconv2")(y, scale, train)
         else:
             y = self._dense(width, "pwconv2")(y)
-        if train and self.drop_path_rate > 0:
-            if not self.has_rng("drop_path"):
-                raise InputError(
-                    f"train=True with drop_path_rate={self.config.drop_path_rate} needs a key: "
-                    'give rngs={"drop_path": key} to apply'
-                )
-            y = ops.drop_path(y, self.drop_path_rate, self.make_rng("drop_path"), self.axis_name)
+        rate = self.drop_path_rate
+        if train and (isinstance(rate, jax.Array) or rate > 0):
+            key = self.drop_path_key() if key is None else key
+            y = ops.drop_path(y, rate, key, self.axis_name)
         return x + y
+
+    def drop_path_key(self) -> jax.Array:
+        """The next key of this block in the stream "drop_path"."""
+        if not self.has_rng("drop_path"):
+            raise InputError(
+                f"train=True with drop_path_rate={self.config.drop_path_rate} needs a key: "
+                'give rngs={"drop_path": key} to apply'
+            )
+        return self.make_rng("drop_path")
 
 
 class ConvNextStage(ConvNextModule):
@@ -241,10 +256,36 @@ class ConvNextStage(ConvNextModule):
             _check_map(f"the map that reaches stage {self.index + 1}", x, 2)
             x = self._norm("downsampling_layer_0")(x)
             x = self._patches(self.config.hidden_sizes[self.index], 2, "downsampling_layer_1")(x)
-        block = nn.remat(ConvNextLayer, static_argnums=(2,), policy=None if self.remat else KEPT)
-        for j, rate in enumerate(drop_path_rates(self.config)[self.index]):
+        policy = None if self.remat else KEPT
+        rates = drop_path_rates(self.config)[self.index]
+        if self.scan and len(rates) > 1 and not self.is_initializing():
+            return self._looped(x, rates, policy, train)
+        block = nn.remat(ConvNextLayer, static_argnums=(2,), policy=policy)
+        for j, rate in enumerate(rates):
             x = block(**self.shared, drop_path_rate=rate, name=f"layers_{j}")(x, train)
         return x
+
+    @nn.nowrap
+    def _looped(
+        self, x: jax.Array, rates: Sequence[float], policy: Callable | None, train: bool
+    ) -> jax.Array:
+        names = [f"layers_{j}" for j in range(len(rates))]
+        blocks = [self.variables["params"][name] for name in names]
+        drop = None
+        if train and max(rates) > 0:  # with the keys that the blocks would draw one by one
+            keys = [ConvNextLayer(**self.shared, name=name).drop_path_key() for name in names]
+            drop = jnp.asarray(rates), jnp.stack(keys)
+
+        def step(x: jax.Array, block: tuple) -> tuple[jax.Array, None]:
+            params, drop = block
+            rate, key = drop or (0.0, None)
+            layer = ConvNextLayer(**self.shared, drop_path_rate=rate, parent=None)
+            return layer.apply({"params": params}, x, train, key), None
+
+        # The loop keeps the compiler from undoing what is computed again.
+        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+        return jax.lax.scan(step, x, (stacked, drop))[0]
 
 
 class ConvNextEncoder(ConvNextModule):

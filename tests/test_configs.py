@@ -79,6 +79,7 @@ SCRATCH = {
     "init_from": "",
     "init_averaged": False,
     "remat": False,
+    "scan": False,
 }
 ISOTROPIC = {
     "model.model_type": "convnext_isotropic",

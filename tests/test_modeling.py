@@ -833,6 +833,39 @@ def test_what_a_block_keeps_for_its_gradient(layer_scale, remat, kept):
     assert bytes_kept(3) - bytes_kept(2) == pytest.approx(kept * one_map, abs=0.1 * one_map)
 
 
+@pytest.mark.parametrize("implementation", [None, "plain"])
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("model_type", ["convnext", "convnextv2"])
+def test_scanned_blocks_are_the_blocks(model_type, remat, implementation):
+    config = SMALL.replace(
+        model_type=model_type, depths=(2, 3), drop_path_rate=0.5,
+        layer_scale_init_value=0.0 if model_type == "convnextv2" else 1.0,
+    )  # fmt: skip
+    model, variables = small(config=config, implementation=implementation, remat=remat)
+    scanned = model.clone(scan=True)
+    assert jax.tree.structure(scanned.init_variables(jax.random.key(0))) == jax.tree.structure(
+        variables
+    )
+    loss, gradients = jit(jax.value_and_grad(lambda v: training_loss(model, v)))(variables)
+    loop_loss, loop_gradients = jit(jax.value_and_grad(lambda v: training_loss(scanned, v)))(
+        variables
+    )
+    np.testing.assert_allclose(loop_loss, loss, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(loop_gradients), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        run(scanned, variables).logits, run(model, variables).logits, rtol=1e-5, atol=1e-6
+    )
+    loops = str(jax.make_jaxpr(lambda v: scanned.apply(v, PICTURES))(variables)).count("scan[")
+    assert loops == 2
+
+
+def test_scanned_blocks_ask_for_the_key_too():
+    model, variables = small(config=SMALL.replace(drop_path_rate=0.5), scan=True)
+    with pytest.raises(InputError, match=r"drop_path_rate=0\.5 needs a key"):
+        model.apply(variables, PICTURES, train=True)
+
+
 def test_layer_scale_has_the_same_gradient_within_the_kernel_and_after_it():
     with jax.enable_x64(True):
         _, variables = small(config=SMALL.replace(drop_path_rate=0.0, layer_scale_init_value=0.7))

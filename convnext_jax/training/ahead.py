@@ -357,6 +357,8 @@ def print_forecast(config: ConfigDict | FrozenConfigDict, topology: str = "") ->
     Raises:
       InputError: for settings that no run can be made with, or a topology that there is not.
     """
+    config = ConfigDict(config)
+    config.scan = False  # a compiler counts one round of a loop; unrolled, it counts every block
     config = FrozenConfigDict(config)
     check(config)
     devices = describe(topology) if topology else parallel.all_devices()
