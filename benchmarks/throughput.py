@@ -6,7 +6,7 @@
 
 Each contender lives in a process of its own, with weights and pictures on its device, and they take
 turns: a round is some seconds of each. The table has medians over the rounds, the ratio to the
-fastest contender of PyTorch's round by round, and what the framework's own allocator says of its
+fastest of PyTorch's round by round, and what the framework's own allocator says of its
 memory at its peak. "First" is the time of the first step, compilation included.
 
 Training is forward, backward and AdamW on f32 weights, with drop path 0.1 and bf16 arithmetic.
@@ -26,8 +26,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-CONTENDERS = ("convnext_jax", "timm", "timm-graphs", "timm-tuned", "timm-eager", "huggingface")
-# What `torch.compile` calls the modes of timm and timm-graphs, ..
+OURS = ("convnext_jax", "convnext_jax-scan")
+PEERS = ("timm", "timm-graphs", "timm-tuned", "timm-eager", "huggingface")
+# What `torch.compile` calls their modes; the others are not compiled.
 MODES = {"timm": "default", "timm-graphs": "reduce-overhead", "timm-tuned": "max-autotune"}
 CLASSES = 1000
 DROP_PATH = 0.1
@@ -57,7 +58,7 @@ def jax_contender(options: argparse.Namespace) -> tuple[Run, Callable[[], int], 
     training = options.task == "training"
     model = ConvNextForImageClassification(
         config, dtype=dtype, param_dtype=jnp.float32 if training else dtype,
-        data_format="channels_last",
+        data_format="channels_last", scan=options.contender.endswith("-scan"),
     )  # fmt: skip
     params = model.init_variables(jax.random.key(0))["params"]
     rng = np.random.default_rng(0)
@@ -169,7 +170,7 @@ def torch_contender(options: argparse.Namespace) -> tuple[Run, Callable[[], int]
 
 def serve(options: argparse.Namespace) -> None:
     """A contender's process: for each line that comes in, one round, and a line of figures."""
-    make = jax_contender if options.contender == "convnext_jax" else torch_contender
+    make = jax_contender if options.contender in OURS else torch_contender
     run, peak, versions = make(options)
     start = time.perf_counter()
     run(1)
@@ -226,7 +227,7 @@ def compare(options: argparse.Namespace) -> list[dict]:
             rounds[name].append(contender.round())
     seconds = {name: [figures["seconds"] for figures in rounds[name]] for name in rounds}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    peers = [name for name in medians if name != "convnext_jax"]
+    peers = [name for name in medians if name in PEERS]
     peer = min(peers, key=medians.get) if peers else next(iter(medians))
     rows = []
     for name, values in seconds.items():
@@ -259,11 +260,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--size", type=int, default=224, help="side of the pictures")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--contenders", nargs="+", default=CONTENDERS[:2], choices=CONTENDERS)
+    parser.add_argument(
+        "--contenders", nargs="+", default=(OURS[0], PEERS[0]), choices=OURS + PEERS
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a contender in a round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--contender", choices=OURS + PEERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
         serve(options)
