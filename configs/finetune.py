@@ -47,7 +47,7 @@ from ml_collections import ConfigDict
 
 from convnext_jax.configuration import PRESETS
 from convnext_jax.errors import InputError
-from convnext_jax.training.config import default_config
+from convnext_jax.training.config import default_config, picture_data
 
 ROWS = {
     "1k_base_384": {"drop_path": 0.8, "layer_decay": 0.7},
@@ -72,7 +72,7 @@ def get_config(row: str = "22k_base_224") -> ConfigDict:
     config, values = default_config(), ROWS[row]
     _, network, side = row.split("_")
     with config.unlocked():
-        config.data = ConfigDict({"name": "image_folder", "folder": "data/imagenet-1k"})
+        config.data = picture_data("data/imagenet-1k")
     config.plan_examples, config.plan_classes = 1_281_167, 1000
     config.image_size = int(side)
     config.model.update(PRESETS[network])

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from convnext_jax.configuration import PRESETS
 from convnext_jax.errors import InputError
-from convnext_jax.training.config import default_config
+from convnext_jax.training.config import default_config, picture_data
 
 ROWS = {
     "base": {
@@ -70,7 +70,7 @@ def get_config(row: str = "base") -> ConfigDict:
         )
     config = default_config()
     with config.unlocked():
-        config.data = ConfigDict({"name": "image_folder", "folder": "data/imagenet-1k"})
+        config.data = picture_data("data/imagenet-1k")
     config.plan_examples, config.plan_classes = 1_281_167, 1000
     config.model.update(PRESETS[row])
     config.model.model_type = "convnextv2"

@@ -18,7 +18,7 @@ whole checkpoint, the lower layers less than the upper ones; some hundreds of pi
 from ml_collections import ConfigDict
 
 from convnext_jax.errors import InputError
-from convnext_jax.training.config import default_config, small_data_config
+from convnext_jax.training.config import default_config, picture_data, small_data_config
 
 ROWS = ("scratch", "finetune", "probe")
 
@@ -29,9 +29,8 @@ def get_config(row: str = "scratch") -> ConfigDict:
         raise InputError(f"configs/image_folder.py has no row {row!r}: it has {', '.join(ROWS)}")
     config = small_data_config() if row == "scratch" else default_config()
     with config.unlocked():
-        config.data = ConfigDict(
-            {"name": "image_folder", "folder": "", "val_fraction": 0.2, "split_seed": 0}
-        )
+        config.data = picture_data("")
+        config.data.val_fraction, config.data.split_seed = 0.2, 0
     config.log_every_steps = 10
     if row == "scratch":
         config.image_size = 128

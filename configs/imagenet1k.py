@@ -28,11 +28,11 @@ published rows.
 Settings: `TRAINING.md` of facebookresearch/ConvNeXt, and table 5 of arXiv:2201.03545.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from convnext_jax.configuration import PRESETS
 from convnext_jax.errors import InputError
-from convnext_jax.training.config import default_config
+from convnext_jax.training.config import default_config, picture_data
 
 # `mix_group` is the number of images on one of the authors' GPUs, which share a draw of mixup.
 ROWS = {
@@ -52,14 +52,7 @@ def get_config(row: str = "tiny") -> ConfigDict:
         raise InputError(f"there is no row {row!r} in imagenet1k.py: choose from {', '.join(ROWS)}")
     config, values = default_config(), ROWS[row]
     with config.unlocked():
-        config.data = ConfigDict(
-            {
-                "name": "image_folder",
-                "folder": "data/imagenet-1k",
-                "train": config_dict.placeholder(str),  # of shards: patterns, or splits
-                "val": config_dict.placeholder(str),
-            }
-        )
+        config.data = picture_data("data/imagenet-1k")
     config.plan_examples, config.plan_classes = 1_281_167, 1000
     if row.startswith("isotropic_"):
         config.model.model_type = "convnext_isotropic"

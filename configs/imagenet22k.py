@@ -28,11 +28,11 @@ One difference: the authors train on every photo and evaluate on none. Here one 
 held out, unless FOLDER has `train/` and `val/`, or `*val*.tar`, and is evaluated once, at the end.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from convnext_jax.configuration import PRESETS
 from convnext_jax.errors import InputError
-from convnext_jax.training.config import default_config
+from convnext_jax.training.config import default_config, picture_data
 
 ROWS = {  # drop path
     "tiny": 0.0,
@@ -51,16 +51,8 @@ def get_config(row: str = "base") -> ConfigDict:
         )
     config = default_config()
     with config.unlocked():
-        config.data = ConfigDict(
-            {
-                "name": "image_folder",
-                "folder": "data/imagenet-22k",
-                "train": config_dict.placeholder(str),  # of shards: patterns, or splits
-                "val": config_dict.placeholder(str),
-                "val_fraction": 0.001,
-                "split_seed": 0,
-            }
-        )
+        config.data = picture_data("data/imagenet-22k")
+        config.data.val_fraction, config.data.split_seed = 0.001, 0
     # One in a thousand of the 14,197,122 is held out.
     config.plan_examples, config.plan_classes = round(0.999 * 14_197_122), 21841
     config.model.update(PRESETS[row])

@@ -11,14 +11,14 @@ settings, which differ in the rounding of pictures and sums, had 92.73 and 92.07
 
 from ml_collections import ConfigDict
 
-from convnext_jax.training.config import small_data_config
+from convnext_jax.training.config import picture_data, small_data_config
 
 
 def get_config() -> ConfigDict:
     """The settings of the run."""
     config = small_data_config()
     with config.unlocked():
-        config.data = ConfigDict({"name": "image_folder", "folder": "data/imagenette128"})
+        config.data = picture_data("data/imagenette128")
     config.image_size = 128
     config.crop_pct = 1.0  # the photos are 128 pixels wide and high already
     config.crop_scale = (0.25, 1.0)

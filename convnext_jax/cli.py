@@ -4,6 +4,7 @@
     convnext-jax evaluate MODEL DATA [--json] [--labels FILE] [--batch-size 32]
     convnext-jax convert SOURCE FOLDER [--preset NAME] [--config FILE] [--labels FILE] [--size 224]
     convnext-jax shards PICTURES FOLDER [--format tar] [--shard-mb 256] [--seed 0]
+        [--val-fraction 0.2]
 
 MODEL is a folder or a hub name, and so is SOURCE, or one file of weights; DATA is a folder with one
 folder of pictures a class, and so is PICTURES, or one of two of these, train and val. What the user
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -120,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--shard-mb", type=_positive, default=256, metavar="N", help="MiB a file (default 256)"
     )
     shards_parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the order and the split (default 0)"
+        "--seed", type=_whole, default=0, metavar="N", help="of the order and the split (default 0)"
     )
     shards_parser.add_argument(
         "--val-fraction",
@@ -303,6 +306,10 @@ def shards_command(options: argparse.Namespace) -> None:
             f"shards needs {error.name}, which is not installed: pip install 'convnext-jax[train]'"
         ) from None
 
+    # Asked to end, as by a scheduler, it removes what is unfinished, as after Ctrl-C.
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
     made = pack(
         options.pictures,
         options.folder,
@@ -315,17 +322,21 @@ def shards_command(options: argparse.Namespace) -> None:
     print(
         f"{options.folder}: {made['shards']:,} shards with {made['train']:,} pictures to train on "
         f"and {made['val']:,} held out, of {made['classes']:,} classes; train.py reads them with "
-        f"--config.data.name={name} --config.data.folder={options.folder}"
+        f"--config.data.name={name} --config.data.folder={shlex.quote(options.folder)}"
     )
 
 
 def _positive(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _whole(text: str, least: int = 0) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
     return value
 
 

@@ -159,7 +159,7 @@ def split_by_number(labels: np.ndarray, fraction: float, seed: int) -> np.ndarra
     """`stratified_split` by the numbers of the examples for their keys, for millions of them."""
     take = _quotas(labels, fraction)
     place = np.arange(len(labels), dtype=np.uint64)
-    rank = _scramble(place + _scramble(np.array([seed], np.uint64)))
+    rank = _scramble(place + _scramble(np.array([seed % 2**64], np.uint64)))
     # By class and then by rank, in one sort of 64 bits: a third of the time of np.lexsort.
     order = np.argsort(labels.astype(np.uint64) << 40 | rank >> 24, kind="stable")
     counts = np.bincount(labels)

@@ -4,6 +4,7 @@ Such a place is small, can be sent to another process, and says in errors which 
 """
 
 import functools
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +34,17 @@ class Span(NamedTuple):
                 system, path = file_system(self.path)
                 content = system.cat_file(path, self.offset, self.offset + self.size)
             else:
-                with open(self.path, "rb", buffering=0) as file:
+                with open(self.path, "rb") as file:
                     file.seek(self.offset)
                     content = file.read(self.size)
         except Exception as error:  # a remote file system's may be of any kind
-            raise InputError(f"{self.name} cannot be read ({_reason(error)})") from error
-        if len(content) != self.size:
+            raise InputError(f"{self.name} cannot be read ({reason_of(error)})") from error
+        if len(content) > self.size:
+            raise InputError(
+                f"{self.name} cannot be read: its server does not give parts of files; copy the"
+                " files to a disk"
+            )
+        if len(content) < self.size:
             raise InputError(
                 f"{self.name} cannot be read: the file ends within it, and has changed since its"
                 " index was made; fetch it again"
@@ -63,12 +69,25 @@ class Record(NamedTuple):
         Raises:
           InputError: the file is not there, or damaged, or the record holds no picture.
         """
-        reader = _kept_reader(self.path)
         try:
+            status = os.stat(self.path)
+            reader = _kept_reader(self.path, (status.st_size, status.st_mtime_ns))
             (record,) = reader.read([self.number])
-        except (RuntimeError, ValueError) as error:
-            raise InputError(f"{self.name} cannot be read ({_reason(error)})") from error
+        except FileNotFoundError:
+            raise InputError(f"{self.path}: no such file; check the path of the data") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            raise InputError(f"{self.name} cannot be read ({reason_of(error)})") from error
         return picture_of(record, self.name)
+
+
+class Missing(NamedTuple):
+    """A picture of which a source found out that it cannot give it."""
+
+    reason: str
+    name: str
+
+    def read(self) -> bytes:
+        raise InputError(f"{self.name} cannot be read ({self.reason})")
 
 
 class Content(NamedTuple):
@@ -82,7 +101,7 @@ class Content(NamedTuple):
 
 
 # What the sources of pictures that are yet to be decoded name them by.
-Encoded = Path | Span | Record | Content
+Encoded = Path | Span | Record | Content | Missing
 
 
 # Files behind URLs -------------------------------------------------------------------------------
@@ -101,7 +120,7 @@ def file_system(url: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:  # such as gcsfs, which gs:// needs
-        raise InputError(f"{url} cannot be opened ({_reason(error)})") from None
+        raise InputError(f"{url} cannot be opened ({reason_of(error)})") from None
 
 
 # ArrayRecord -------------------------------------------------------------------------------------
@@ -112,18 +131,24 @@ def open_records(path: str) -> Any:
 
     Raises:
       InputError: no such file, or another kind of file, or a damaged one.
+      OSError: it cannot be opened for another reason.
     """
     from array_record.python.array_record_module import ArrayRecordReader
 
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; check the path of the data")
+    with open(path, "rb"):  # whose reason says more than the reader's, as of too many open files
+        pass
     reader = ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
     if not reader.ok():
         raise InputError(f"{path} is no ArrayRecord file, or damaged or cut off; fetch it again")
     return reader
 
 
-_kept_reader = functools.cache(open_records)  # each process opens a file once
+# Few enough for any limit on open files. A file that is another one by now is opened anew.
+@functools.lru_cache(maxsize=64)
+def _kept_reader(path: str, stamp: tuple[int, int]) -> Any:
+    return open_records(path)
 
 
 def picture_of(record: bytes, name: str) -> bytes:
@@ -198,7 +223,8 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """What an error says, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__

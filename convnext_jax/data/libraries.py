@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 
 from convnext_jax.data.dataset import Dataset, Example, Source, Subset, split_by_number
-from convnext_jax.data.encoded import Content, Encoded
+from convnext_jax.data.encoded import Content, Encoded, Missing, reason_of
 from convnext_jax.data.photo import read_photo
 from convnext_jax.data.shards import cache_folder
 from convnext_jax.errors import InputError
@@ -60,7 +60,7 @@ def hf_datasets(
         ) from error
     if not isinstance(splits, Mapping):
         splits = {"train": splits}
-    train, val = _choose_splits(folder, list(splits), train, val)
+    train, val = _choose_splits(folder, list(splits), train, val, slices=False)
 
     features = splits[train].features
     images, labels = (
@@ -83,6 +83,8 @@ def hf_datasets(
 
         def file(index: int, name: str) -> Encoded:
             cell = rows[index][image]
+            if cell is None:
+                return Missing("it has no picture", name)
             return Path(cell["path"]) if cell["bytes"] is None else Content(cell["bytes"], name)
 
         return LibrarySource(f"{folder}/{split}", numbers, file)
@@ -124,7 +126,7 @@ def tfds(
         else:
             builder = library.builder(folder, file_format="array_record")
         info = builder.info
-        train, val = _choose_splits(folder, list(info.splits), train, val)
+        train, val = _choose_splits(folder, list(info.splits), train, val, slices=True)
         undecoded = {"image": library.decode.SkipDecoding()}
         examples = {
             split: builder.as_data_source(split, decoders=undecoded)
@@ -147,7 +149,9 @@ def tfds(
             numbers = tqdm(range(len(rows)), f"labels of {split}", unit="example", disable=None)
             return np.array([rows[i]["label"] for i in numbers], np.int32)
 
-        name = f"{builder.data_path} {split} {len(rows)} {info.splits[split].num_bytes}"
+        # With the time at which the set was prepared: another of this name has other labels.
+        prepared = os.stat(os.path.join(builder.data_path, "dataset_info.json")).st_mtime_ns
+        name = f"{builder.data_path} {split} {len(rows)} {prepared}"
         return LibrarySource(
             f"{folder}/{split}",
             _kept(name, read_labels),
@@ -182,7 +186,11 @@ class LibrarySource(Source):
         return f"{self.name}/{index}"
 
     def file(self, index: int) -> Encoded:
-        return self._file(index, self.example_name(index))
+        name = self.example_name(index)
+        try:
+            return self._file(index, name)
+        except Exception as error:  # the library's, of any kind
+            return Missing(reason_of(error), name)
 
 
 def _import(name: str, folder: str) -> ModuleType:
@@ -200,10 +208,10 @@ def _import(name: str, folder: str) -> ModuleType:
 
 
 def _choose_splits(
-    folder: str, splits: list[str], train: str | None, val: str | None
+    folder: str, splits: list[str], train: str | None, val: str | None, slices: bool
 ) -> tuple[str, str | None]:
     for split in (train, val):
-        if split is not None and split.split("[")[0] not in splits:
+        if split is not None and (split.split("[")[0] if slices else split) not in splits:
             raise InputError(f"{folder} has no split {split!r}: it has {', '.join(splits)}")
     if train is None:
         if "train" not in splits and len(splits) > 1:

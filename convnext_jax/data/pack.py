@@ -48,12 +48,17 @@ def pack(
     Raises:
       InputError: as `image_folder`, `out` exists, or a picture's file cannot be read.
     """
+    if kind not in FORMATS:
+        raise InputError(f"there are no shards of the format {kind!r}: give {' or '.join(FORMATS)}")
     out = Path(out).expanduser()
     if out.exists():
         raise InputError(f"{out} exists; remove it, or give the shards another folder")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent}: no such folder, in which {out.name} is to be made")
     data = image_folder(folder, val_fraction, seed)
+    for name in data.class_names:
+        if name.encode(errors="replace").decode() != name:
+            raise InputError(f"the name of the folder {name!r} is not UTF-8; rename it")
     unfinished = out.parent / f".{out.name}.{os.getpid()}"
     unfinished.mkdir()
     try:
@@ -86,7 +91,7 @@ def _write_part(
     order = np.random.default_rng(seed).permutation(len(source)).tolist()
     with _readable():
         sizes = np.array([os.stat(source.file(index)).st_size for index in order], np.int64)
-    shard = (np.cumsum(sizes) - sizes) // shard_bytes
+    shard = (np.cumsum(sizes) - sizes) // min(shard_bytes, 2**62)
     shard = np.unique(shard, return_inverse=True)[1]  # a large picture may have left a gap
     number = int(shard[-1]) + 1
     paths = []
@@ -154,12 +159,16 @@ def _open_records(path: Path) -> Iterator[Any]:
     writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
 
     def add(key: str, suffix: str, content: bytes, label: int) -> None:
-        writer.write(_example(image=content, label=label, file_name=(key + suffix).encode()))
+        writer.write(_example(image=content, label=label, file_name=os.fsencode(key + suffix)))
 
     try:
-        yield add
-    finally:
-        writer.close()
+        try:
+            yield add
+        finally:
+            writer.close()
+    except RuntimeError as error:  # which has what the system said somewhere in it
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path.name} cannot be written ({reason})") from None
 
 
 def _example(**features: bytes | int) -> bytes:

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import tarfile
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -32,6 +31,7 @@ from convnext_jax.data.encoded import (
     is_remote,
     open_records,
     parse_example,
+    reason_of,
 )
 from convnext_jax.data.photo import read_photo
 from convnext_jax.data.workers import Workers
@@ -43,6 +43,9 @@ CLASSES = "classes.json"  # what `pack` writes: a list of names
 _FILES_A_PROCESS = 32
 _MOST_PROCESSES = 16
 _FORMAT = 1  # of an index file
+
+# Where fsspec's file systems say when a file was changed, or which version of it there is.
+_VERSIONS = ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "last_modified")
 
 
 class _Part(NamedTuple):
@@ -88,9 +91,9 @@ def tar_shards(
       val: pattern of the held-out shards. Default: `*val*.tar`. If there are none, the stratified
         `val_fraction` of the others that `split_seed` draws; that choice depends on the labels in
         their order alone.
-      class_names: file with the names of the classes in the order of their indices, a JSON list or
-        one a line, in `folder` or with a path of its own. Default: `classes.json` or
-        `label.labels.txt`, and without these the names are the indices.
+      class_names: file with the names of the classes in the order of their indices, `.json` with
+        a list or a text with one a line, in `folder` or with a path of its own. Default:
+        `classes.json` or `label.labels.txt`, and without these the names are the indices.
 
     Raises:
       InputError: no such shards, a shard that is damaged, cut off or compressed, an example without
@@ -118,6 +121,9 @@ def array_record(
       InputError: no such files, a damaged one, a record without label or picture, or with a label
         that is no class.
     """
+    for place in (os.fspath(folder), train, val):
+        if place is not None and is_remote(place):
+            raise InputError(f"{place}: ArrayRecord files are read from disks alone; copy it there")
     return _dataset(_ARRAY_RECORD, folder, train, val, class_names, val_fraction, split_seed)
 
 
@@ -214,6 +220,11 @@ def _dataset(
     sources = [_read_shards(shards, kind) for shards in (train_shards, val_shards) if shards]
     if names is None:
         classes = 1 + max(int(source.labels.max()) for source in sources)
+        if classes > (most := sum(map(len, sources))):
+            raise InputError(
+                f"the labels go up to {classes - 1:,}, of {most:,} examples: if they are right,"
+                f" give the names of the classes, in {CLASSES} or by class_names"
+            )
         names = tuple(map(str, range(classes)))
     for source in sources:
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= len(names)))
@@ -240,11 +251,13 @@ def _read_class_names(root: str, given: str | None) -> tuple[str, ...] | None:
                 text = system.cat_file(there).decode()
             else:
                 text = Path(path).read_text(encoding="utf-8")
-            names = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text.splitlines()
+            is_json = path.endswith(".json")
+            names = json.loads(text) if is_json else text.rstrip().splitlines()
         except FileNotFoundError:
             continue
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as names of classes ({error})") from None
+        except Exception as error:  # a remote file system's may be of any kind
+            reason = reason_of(error)
+            raise InputError(f"{path} cannot be read as names of classes ({reason})") from None
         if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
             raise InputError(f"{path} is no list of names of classes, JSON or one a line; mend it")
         return tuple(names)
@@ -259,15 +272,17 @@ def _read_class_names(root: str, given: str | None) -> tuple[str, ...] | None:
 def _find(root: str, pattern: str, must: bool) -> list[str]:
     """The shards of a pattern, those of each alternative of its braces in order of name."""
     found: list[str] = []
-    for path in _expand_braces(_join(root, pattern)):
-        if not re.search(r"[*?\[]", path[len(root) :] if path.startswith(root) else path):
+    inside_root = root.rstrip("/") + "/"
+    for path in (_join(root, each) for each in _expand_braces(pattern)):
+        is_inside = path.startswith(inside_root)
+        if not re.search(r"[*?\[]", path.removeprefix(inside_root)):
             found.append(path)
         elif is_remote(path):
             system, there = file_system(path)
             with _remote_errors(path):
                 found += sorted(system.unstrip_protocol(each) for each in system.glob(there))
-        elif path.startswith(root):
-            inside = glob(path[len(root) :].lstrip("/"), root_dir=root)
+        elif is_inside:
+            inside = glob(path.removeprefix(inside_root), root_dir=root)
             found += sorted(os.path.join(root, each) for each in inside)
         else:
             found += sorted(glob(path))
@@ -333,16 +348,15 @@ def index_shards(shards: list[str], scan: Callable[[str], _Part]) -> list[_Part]
     inside = [shard.removeprefix(f"{folder}/") for shard in shards]
     name = f"index-{_digest(inside)}.npz"
     beside, cached = f"{folder}/{name}", f"{cache_folder()}/{_digest(shards)}-{name}"
-    known: dict[str, tuple[_Part, tuple[int, int]]] = {}
-    for path in (cached, beside):
-        known |= _load_index(path)
-
     parts = [None] * len(shards)
-    for i, (path, stamp) in enumerate(zip(inside, stamps, strict=True)):
-        part, (size, changed) = known.get(path, (None, (-1, 0)))
-        # Of a store the size alone: what has been copied there is younger than its index.
-        if size == stamp[0] and (changed == stamp[1] or stamp[1] < 0):
-            parts[i] = part
+    for index in (cached, beside):
+        known = _load_index(index)
+        # What has been copied to a store is younger than the index that was copied with it.
+        by_size = index == beside and is_remote(index)
+        for i, (path, stamp) in enumerate(zip(inside, stamps, strict=True)):
+            part, (size, changed) = known.get(path, (None, (-1, 0)))
+            if size == stamp[0] and (by_size or changed == stamp[1]):
+                parts[i] = part
     missing = [i for i, part in enumerate(parts) if part is None]
     if missing:
         for i, part in zip(missing, _scan_all([shards[i] for i in missing], scan), strict=True):
@@ -362,11 +376,13 @@ def cache_folder() -> Path:
 
 
 def _stamp(shard: str) -> tuple[int, int]:
-    """Size in bytes, and time of the last change in ns; -1 for what is behind a URL."""
+    """Size in bytes, and what changes with the content: the time of that, or what a store says."""
     if is_remote(shard):
         system, path = file_system(shard)
         with _remote_errors(shard):
-            return int(system.info(path)["size"] or 0), -1
+            info = system.info(path)
+        version = [str(info[name]) for name in _VERSIONS if name in info]
+        return int(info["size"] or 0), int(_digest(version), 16) if version else -1
     try:
         status = os.stat(shard)
     except OSError as error:
@@ -381,9 +397,10 @@ def _scan_all(shards: list[str], scan: Callable[[str], _Part]) -> Iterator[_Part
     with contextlib.ExitStack() as stack:
         parts = map(scan, shards)
         if number > 1:
-            workers = stack.enter_context(contextlib.closing(Workers(scan, number)))
             pool = stack.enter_context(ThreadPoolExecutor(number))
+            # Left in the opposite order, so that nothing waits for scans that are under way.
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+            workers = stack.enter_context(contextlib.closing(Workers(scan, number)))
             parts = pool.map(workers, shards)
         yield from tqdm(parts, "index", len(shards), unit="shard", disable=None)
 
@@ -427,8 +444,9 @@ def _load_index(path: str) -> dict[str, tuple[_Part, tuple[int, int]]]:
         with np.load(file) as stored:
             if int(stored["format"]) != _FORMAT:
                 return {}
-            content = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            names = ("shards", "stamps", "counts", *_Part._fields)
+            content = {name: stored[name] for name in names}
+    except Exception:  # numpy's, of many kinds, or a remote file system's: it is made anew
         return {}
     examples, bytes_ = ([0, *np.cumsum(column).tolist()] for column in content["counts"].T)
     known = {}
@@ -467,6 +485,7 @@ def scan_tar(path: str) -> _Part:
     """
     pictures: dict[str, tuple[int, int, str]] = {}  # by key: offset, size, member
     labels: dict[str, int] = {}
+    elsewhere: dict[tuple[str, str], str] = {}  # by key and suffix: links, and files with holes
     with contextlib.ExitStack() as stack:
         if is_remote(path):
             system, there = file_system(path)
@@ -481,6 +500,9 @@ def scan_tar(path: str) -> _Part:
                 if not stem:
                     continue
                 key, suffix = f"{folder}/{stem}", f".{suffix.lower()}"
+                if not member.isreg() or member.issparse():
+                    elsewhere[key, suffix] = member.name
+                    continue
                 if suffix in IMAGE_SUFFIXES:
                     if key in pictures:
                         raise InputError(
@@ -505,27 +527,44 @@ def scan_tar(path: str) -> _Part:
             raise InputError(
                 f"{path} is no tar archive, or damaged or cut off ({error}); fetch it again"
             ) from None
+    for (key, suffix), name in elsewhere.items():
+        if suffix == ".cls" or (suffix in IMAGE_SUFFIXES and key in labels):
+            raise InputError(
+                f"{path}: {name} is a link or a sparse file, without its bytes in one piece; pack"
+                " files as they are (tar --hard-dereference, without -S)"
+            )
     for key, (_, _, name) in pictures.items():
         if key not in labels:
             raise InputError(
                 f"{path}: {name} has no label; add {key.lstrip('/')}.cls with its class index, or"
                 " .json with it as label"
             )
+    if without := labels.keys() - pictures.keys():
+        raise InputError(
+            f"{path}: {min(without).lstrip('/')} has a label but no picture with a suffix that is"
+            f" read ({' '.join(sorted(IMAGE_SUFFIXES))}); convert it, or leave it out"
+        )
     return _part([(labels[key], at, size, name) for key, (at, size, name) in pictures.items()])
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The files of an uncompressed archive, which must end as archives do."""
+    """The members of an uncompressed archive but folders; it must end as archives do."""
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # which would otherwise keep them all
-            if member.isreg() and not member.issparse():
+            if not member.isdir():
                 yield member
         # The module takes a damaged header, or the end of the file in one, for the archive's end.
         file.seek(archive.offset)
         end = file.read(tarfile.BLOCKSIZE)
         if len(end) < tarfile.BLOCKSIZE or any(end):
             raise tarfile.ReadError(f"no header at byte {archive.offset:,}")
+        while rest := file.read(2**20):
+            if any(rest):
+                raise tarfile.ReadError(
+                    f"something follows its end at byte {archive.offset:,}; of several archives in"
+                    " one file, make one"
+                )
 
 
 def _parse_label(content: bytes, suffix: str) -> int | None:
@@ -553,8 +592,6 @@ def scan_records(path: str) -> _Part:
     Raises:
       InputError: no ArrayRecord file, or damaged, or not as `array_record` says.
     """
-    if is_remote(path):
-        raise InputError(f"{path}: ArrayRecord files are read from disks alone; copy it there")
     reader = open_records(path)
     rows = []
     for number in range(reader.num_records()):
@@ -570,7 +607,7 @@ def scan_records(path: str) -> _Part:
                 f"{name} has the features {', '.join(sorted(example)) or '(none)'}, where a picture"
                 " (image) and its class index (label) are needed"
             )
-        called = file_name.decode(errors="replace") if isinstance(file_name, bytes) else ""
+        called = file_name.decode(errors="surrogateescape") if isinstance(file_name, bytes) else ""
         rows.append((_int32(label), number, 0, called or f"record {number}"))
     return _part(rows)
 

@@ -107,6 +107,26 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
+def picture_data(folder: str) -> ConfigDict:
+    """The settings `data` of any data set of pictures in files, by default a folder of folders.
+
+    None leaves an argument at its default; a data set that has it not, as `label` of all but
+    `hf_datasets`, takes no other. See `convnext_jax.data.sources.DATASETS`.
+    """
+    return ConfigDict(
+        {
+            "name": "image_folder",
+            "folder": folder,
+            "train": config_dict.placeholder(str),  # of shards: patterns, or splits
+            "val": config_dict.placeholder(str),
+            "val_fraction": config_dict.placeholder(float),
+            "split_seed": config_dict.placeholder(int),
+            "class_names": config_dict.placeholder(str),
+            "label": config_dict.placeholder(str),
+        }
+    )
+
+
 def small_data_config() -> ConfigDict:
     """`default_config` changed for some thousand to some ten thousand pictures, from scratch.
 

@@ -1,5 +1,6 @@
 """Data sets of other libraries, where these are installed; otherwise what is said of it."""
 
+import functools
 import io
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from PIL import Image
 
 from convnext_jax.data import libraries, pipeline, sources
 from convnext_jax.data.dataset import Dataset
+from convnext_jax.data.encoded import Content
 from convnext_jax.errors import InputError
 
 
@@ -70,14 +72,26 @@ def test_library_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_splits(splits: list[str], given: tuple, chosen: tuple):
-    assert libraries._choose_splits("it", splits, *given) == chosen
+    assert libraries._choose_splits("it", splits, *given, slices=True) == chosen
 
 
 def test_splits_that_are_not_there():
-    choose = libraries._choose_splits
+    choose = functools.partial(libraries._choose_splits, slices=False)
+    raises_one_line(lambda: choose("it", ["train"], "train[:80%]", None), "no split 'train[:80%]'")
     raises_one_line(lambda: choose("it", ["a", "b"], None, None), "it has the splits a, b")
     raises_one_line(lambda: choose("it", ["train"], None, "val"), "no split 'val'")
     raises_one_line(lambda: choose("it", ["train"], "trai", None), "no split 'trai'")
+
+
+def test_a_row_that_the_library_cannot_give_is_unreadable():
+    def file(index: int, name: str) -> Content:
+        if index == 1:
+            raise KeyError("no such chunk")
+        return Content(b"123", name)
+
+    source = libraries.LibrarySource("it/train", np.zeros(2), file)
+    assert source.file(0).read() == b"123"
+    raises_one_line(source.file(1).read, "it/train/1 cannot be read", "no such chunk")
 
 
 # --- Hugging Face's datasets ---

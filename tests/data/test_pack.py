@@ -165,3 +165,25 @@ sys.exit(cli.main(["shards", *sys.argv[1:]]))
         os.kill(process.pid, signal.SIGINT)
         assert process.wait(60) == 130, process.stderr.read()
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_what_cannot_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = picture_tree(tmp_path / "photos")
+    with pytest.raises(InputError, match="webdataset"):
+        pack(folder, tmp_path / "out", kind="webdataset")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["shards", str(folder), str(tmp_path / "out"), "--seed", "-1"])
+    assert ended.value.code == 2
+    assert "no whole number of at least 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_nothing_is_left_when_asked_to_end(tmp_path: Path, number: int):
+    folder = picture_tree(tmp_path / "photos", number=400)
+    command = [sys.executable, "-m", "convnext_jax.cli", "shards", str(folder), str(tmp_path / "o")]
+    process = subprocess.Popen([*command, "--shard-mb", "1"], stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob(".o.*/*")):
+        assert process.poll() is None
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]

@@ -298,7 +298,7 @@ def test_names_of_the_classes(tmp_path: Path):
         ([("a.jpg", b""), ("a.cls", b"-1")], ("a.jpg has the label -1",)),
         ([("a.jpg", b""), ("a.cls", b"9" * 30)], ("a.jpg has the label -1",)),
         ([("a.jpg", b""), ("a.png", b""), ("a.cls", b"1")], ("a.png", "second", "a.jpg")),
-        ([("a.txt", b""), ("b.cls", b"1")], ("no labelled pictures",)),
+        ([("a.txt", b""), ("b.cls", b"1")], ("b has a label but no picture",)),
         ([], ("no labelled pictures",)),
     ],
 )
@@ -614,3 +614,91 @@ def test_parse_example():
     assert values["image"].bytes_list.value == [jpeg(1)]
     assert values["label"].int64_list.value == [300]
     assert values["file_name"].bytes_list.value == [b"a.jpg"]
+
+
+def test_an_array_record_file_that_is_written_anew(tmp_path: Path):
+    def load(seed: int) -> sources.Source:
+        out = tmp_path / "out"
+        if out.exists():
+            for file in out.iterdir():
+                file.unlink()
+            out.rmdir()
+        pack(tmp_path / "photos", out, kind="array_record", seed=seed)
+        return sources.load("array_record", folder=str(out)).train
+
+    for name in CLASSES:
+        for i in range(8):
+            path = tmp_path / "photos" / name / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(100 * CLASSES.index(name) + i))
+    for seed in (0, 1):
+        source = load(seed)
+        for i in range(len(source)):
+            name = source.example_name(i).split(": ")[1]
+            assert source.file(i).read() == (tmp_path / "photos" / name).read_bytes()
+
+
+def test_more_array_record_files_than_may_be_open(tmp_path: Path):
+    for name in CLASSES:
+        for i in range(40):
+            path = tmp_path / "photos" / name / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(i))
+    made = pack(tmp_path / "photos", tmp_path / "out", kind="array_record", shard_bytes=1)
+    assert made["shards"] == 120
+    source = sources.load("array_record", folder=str(tmp_path / "out")).train
+    for i in range(len(source)):
+        source.file(i).read()
+    opened = [fd.readlink() for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink()]
+    assert sum("array_record" in str(path) for path in opened) < 80
+
+
+def test_what_is_not_in_one_piece(tmp_path: Path):
+    path = write_tar(tmp_path / "a-train.tar", members(range(3)))
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("00009.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "00000.jpg"
+        archive.addfile(link)
+        label = tarfile.TarInfo("00009.cls")
+        label.size = 1
+        archive.addfile(label, io.BytesIO(b"0"))
+    raises_one_line(lambda: sources.load("tar_shards", folder=str(tmp_path)), "00009.jpg", "link")
+
+    one, two = (write_tar(tmp_path / name, members(range(3))).read_bytes() for name in "bc")
+    path.write_bytes(one + two)
+    raises_one_line(lambda: sources.load("tar_shards", folder=str(tmp_path)), "several archives")
+
+
+def test_a_label_without_a_picture(tmp_path: Path):
+    write_tar(tmp_path / "train.tar", [*members(range(3)), ("7.cls", b"1"), ("7.heic", b"?")])
+    raises_one_line(lambda: sources.load("tar_shards", folder=str(tmp_path)), "7 has a label")
+
+
+def test_labels_without_names_that_are_no_classes(tmp_path: Path):
+    write_tar(tmp_path / "train.tar", members(range(6), lambda i: 14_000_000 + i))
+    raises_one_line(lambda: sources.load("tar_shards", folder=str(tmp_path)), "14,000,005", "names")
+
+
+def test_array_record_files_behind_a_url(tmp_path: Path):
+    for place in ({"folder": "gs://bucket/x"}, {"folder": str(tmp_path), "val": "gs://b/y*"}):
+        raises_one_line(lambda place=place: sources.load("array_record", **place), "disks alone")
+
+
+def test_index_in_the_cache_of_a_store_whose_shards_change(tmp_path: Path):
+    folder = three_shards(tmp_path / "data")
+    url = f"file://{folder}"
+    assert_examples(sources.load("tar_shards", folder=url).train, range(12))
+    again = write_tar(folder / "toy-train-000.tar", members(range(7), lambda i: (i + 1) % 3))
+    os.utime(again, (1, 1))
+    labels = sources.load("tar_shards", folder=url).train.labels
+    assert labels[:7].tolist() == [(i + 1) % 3 for i in range(7)]
+
+
+def test_a_folder_whose_name_has_braces_and_begins_like_another(tmp_path: Path):
+    folder = three_shards(tmp_path / "x{1,2}")
+    assert_examples(sources.load("tar_shards", folder=str(folder)).train, range(12))
+    pattern = str(three_shards(tmp_path / "images") / "*train*.tar")
+    (tmp_path / "im").mkdir()
+    write_tar(tmp_path / "im" / "val.tar", members(range(3)))
+    data = sources.load("tar_shards", folder=str(tmp_path / "im"), train=pattern)
+    assert_examples(data.train, range(12))
