@@ -19,13 +19,15 @@ import re
 import sys
 from pathlib import Path
 
+INSTALL = "install what training needs with pip install -e '.[train]'"
+
 try:
     from absl import flags, logging
     from ml_collections import config_flags
 
     from convnext_jax.errors import InputError
 except ModuleNotFoundError as error:
-    sys.exit(f"train.py: {error}: install what training needs with pip install -e '.[train]'")
+    sys.exit(f"train.py: {error}: {INSTALL}")
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.py"
 
@@ -84,7 +86,12 @@ def main(argv: list[str]) -> int:
 
     try:
         from convnext_jax.training import ahead, loop, parallel  # after the flags: takes seconds
+    except ModuleNotFoundError as error:
+        return _complain(f"{error}: {INSTALL}")
+    except KeyboardInterrupt:
+        return 130
 
+    try:
         if _PLAN.value is not None:
             ahead.print_forecast(config, _PLAN.value)
             return 0
@@ -96,8 +103,13 @@ def main(argv: list[str]) -> int:
         print(f"train.py: {error}; the same command continues it", file=sys.stderr)
         return os.EX_TEMPFAIL
     except (InputError, OSError) as error:
-        return _complain(str(error))
-    except FloatingPointError as error:
+        status = _complain(str(error))
+        if parallel.is_shared():
+            # The others may be in the middle of a step: they are to find this one gone, where it
+            # would wait for them to end too.
+            os._exit(status)
+        return status
+    except loop.NotFinite as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -140,7 +140,9 @@ def _read(pipe: BinaryIO) -> _Message:
 
 def _serve() -> None:
     """What a process does until its input ends."""
+    # Whoever uses it ends it; these may be meant for all processes of a terminal, or of a job.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # so that nothing that is printed comes between the replies
     requests = sys.stdin.buffer

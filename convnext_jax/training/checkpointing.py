@@ -9,10 +9,12 @@ moment leaves the one before.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,9 +77,9 @@ def save(
         "run": ocp.args.JsonSave(run),
     }
     metrics = None if top1 is None else {"top1": top1}
+    step = int(state.step)
     with _removing_what_failed(checkpoints):
         checkpoints.wait_until_finished()
-        step = int(state.step)
         checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
 
@@ -112,7 +114,9 @@ def restore(
         try:
             state, data = _restore(checkpoints, step, like)
         except Exception as error:  # orbax and tensorstore raise of every kind
-            print(f"checkpoint {step} in {checkpoints.directory} cannot be read ({_short(error)})")
+            # On stderr, as the one that knows the reason need not be the process that prints.
+            message = f"checkpoint {step} in {checkpoints.directory} cannot be read"
+            print(f"{message} ({_short(error)})", file=sys.stderr)
             continue
         for damaged in steps[: steps.index(step)]:
             _set_aside(checkpoints, damaged)
@@ -126,8 +130,12 @@ def restore(
     return None
 
 
+@functools.cache
 def code_version() -> str:
-    """The library's version, and the commit of its source where it lies in a git checkout."""
+    """The library's version, and the commit of its source where it lies in a git checkout.
+
+    As they were when this was first asked: the files may change under a run.
+    """
     version = importlib.metadata.version("convnext-jax")
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
@@ -167,7 +175,14 @@ def _restore(
         "data": ocp.args.JsonRestore(),
         "run": ocp.args.JsonRestore(),
     }
-    restored = checkpoints.restore(step, args=ocp.args.Composite(**items))
+    failed = None
+    try:
+        restored = checkpoints.restore(step, args=ocp.args.Composite(**items))
+    except Exception as error:  # orbax and tensorstore raise of every kind
+        failed = error
+    # All processes go on to the same checkpoint, also where one alone cannot read its part.
+    if parallel.agree(failed is not None):
+        raise failed or ValueError("another process cannot read its part")
     run = restored["run"]
     if int(_checksum(restored["state"])) != run["checksum"]:
         raise ValueError("its numbers are not those that were saved")

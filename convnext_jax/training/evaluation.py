@@ -193,11 +193,9 @@ def evaluate(
     while under_way:
         wait_for_one()
     mask = _in_order(kept["mask"]).astype(bool)
-    if unreadable and not mask.any():
-        raise InputError(
-            f"none of the {len(unreadable)} examples to evaluate on can be read; the first: "
-            f"{unreadable[0][1]}"
-        )
+    if not mask.any():
+        first = unreadable[0][1] if unreadable else "another process says why"
+        raise InputError(f"none of the examples to evaluate on can be read; the first: {first}")
     labels, ids = _in_order(kept["label"])[mask], _in_order(kept["id"])[mask]
 
     def gather(outputs: list[Scores]) -> Evaluation:

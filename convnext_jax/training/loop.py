@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -60,6 +61,10 @@ FREE_SETTINGS = {
 NOT_FINITE = "not_finite"
 
 
+class NotFinite(FloatingPointError):
+    """The loss was no longer finite, more often than the run allows."""
+
+
 class Preempted(Exception):
     """The run was asked to end, by SIGTERM or a notice of the machines, and has saved its state."""
 
@@ -77,8 +82,8 @@ def train(config: ConfigDict, workdir: str | Path, *, profile_steps: int = 0) ->
 
     Raises:
       InputError: for settings or data that cannot be used.
-      FloatingPointError: when the loss is no longer finite, and was not more often than
-        `max_skipped_steps` allows.
+      NotFinite: when the loss is no longer finite, and was not more often than `max_skipped_steps`
+        allows.
       OSError: when a checkpoint cannot be written, and `failed_save` is "stop".
       Preempted: when the run was asked to end.
     """
@@ -98,6 +103,7 @@ def _train(
     stack: contextlib.ExitStack,
 ) -> dict[str, float]:
     check(config)
+    checkpointing.code_version()  # of the code as it is now, not when the first checkpoint is made
     dataset = sources.load(
         **config.data, tune_fraction=config.tune_fraction, tune_seed=config.tune_seed
     )
@@ -224,7 +230,9 @@ def _train(
             bar.write(f"{what}: left out, {skipped} of {config.max_skipped_steps} allowed")
         if writer is None or (step % config.log_every_steps and step != plan.total_steps):
             return
-        values = {**values, "learning_rate": float(schedule(step - 1))} if is_finite else {}
+        # The optimizer, whose schedule it is, has not seen the steps that were left out.
+        rate = float(schedule(step - 1 - skipped))
+        values = {**values, "learning_rate": rate} if is_finite else {}
         if skipped:
             values["skipped"] = skipped
         writer.write(step, {f"train/{name}": value for name, value in values.items()})
@@ -240,6 +248,7 @@ def _train(
         write_evaluation(start, last_evaluation, None)
     tick_step, tick = start, time.perf_counter()
     upcoming = fetch() if start < plan.total_steps else None
+    stop.begin_after(start)
     for step in range(start + 1, plan.total_steps + 1):
         if profile_steps and step == start + 2:
             jax.profiler.start_trace(str(workdir / "profile"))
@@ -248,10 +257,10 @@ def _train(
         state, metrics = train_step(state, batch.on_devices, step_key)
         if writer is not None and config.log_example_ids:
             writer.write_examples(step, batch.on_host["id"].tolist())
-        upcoming = fetch()
+        last = step == plan.total_steps
+        upcoming = None if last else fetch()
 
         is_preempted = stop.is_due(step)
-        last = step == plan.total_steps
         evaluation_due = plan.evaluates_after(step)
         save_due = last or step % plan.checkpoint_every == 0
         try:
@@ -262,12 +271,12 @@ def _train(
                 write_step(*pending)
                 pending = None
         except _NotFinite as error:
-            with checkpointing.manager(workdir / NOT_FINITE, 1) as kept:
-                checkpointing.save(kept, layout.stored(state), error.batch.before, config)
-            raise FloatingPointError(
-                f"{error}. {workdir / NOT_FINITE} has the state before it and its batch. Give "
-                "another --workdir with a lower learning_rate, or with gradient_clip; or the same "
-                "with a larger max_skipped_steps"
+            # The state is the one before that step, but for its count.
+            state = layout.stored(state.replace(skipped=state.skipped - 1))
+            kept = _keep_state(workdir, state, error.batch, config)
+            raise NotFinite(
+                f"{error}. {kept}. Give another --workdir with a lower learning_rate, or with "
+                "gradient_clip; or the same with a larger max_skipped_steps"
             ) from None
         if profile_steps and start + 2 <= step == min(start + 1 + profile_steps, plan.total_steps):
             jax.block_until_ready(state.params)
@@ -291,8 +300,10 @@ def _train(
             with _failed_save(config):
                 checkpointing.look(checkpoints)
         if is_preempted:
-            checkpointing.look(checkpoints, wait=True)
-            raise Preempted(f"asked to end, saved step {step} of {plan.total_steps}")
+            with _failed_save(config):
+                checkpointing.look(checkpoints, wait=True)
+            saved = checkpoints.latest_step()
+            raise Preempted(f"asked to end, saved step {saved} of {plan.total_steps}")
         if evaluation_due or step == start + 1:  # the first step compiles
             jax.block_until_ready(state.params)
             tick_step, tick = step, time.perf_counter()
@@ -330,7 +341,7 @@ class _NotFinite(Exception):
         self.batch = batch
 
 
-class _Interrupted(Exception):
+class _Interrupted(Preempted):
     """An evaluation was given up because the run is to end."""
 
 
@@ -343,7 +354,8 @@ class _StopRequest:
     def __init__(self):
         self._is_asked = False
         # JAX then listens for the signal, and agrees with the other hosts on the step.
-        self._is_shared = jax.distributed.is_initialized()
+        self._is_shared = parallel.is_shared()
+        self._was_asked = False  # about the steps of earlier starts
         self._before: Any = None
 
     def __enter__(self) -> _StopRequest:
@@ -358,17 +370,27 @@ class _StopRequest:
     def _ask(self, *_: Any) -> None:
         self._is_asked = True
 
+    def begin_after(self, start: int) -> None:
+        """Asks about the steps up to `start`, which an earlier start of the run has made.
+
+        The hosts agree on the step after the last that any of them has asked about. A notice that
+        comes before the first step would otherwise mean step 1, about which no one would ask.
+        """
+        if self._is_shared:
+            asked = [multihost_utils.reached_preemption_sync_point(i + 1) for i in range(start)]
+            self._was_asked = any(asked)
+
     def is_due(self, step: int) -> bool:
         """Whether to end after this step; every process must ask at every step."""
         if self._is_shared:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(step) or self._was_asked
         return self._is_asked
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The batches, until the run of a single process is to end."""
         for batch in batches:
             if self._is_asked:
-                raise _Interrupted
+                raise _Interrupted("asked to end during an evaluation")
             yield batch
 
 
@@ -392,6 +414,22 @@ def _keep_batch(workdir: Path, step: int, batch: _Batch) -> None:
     folder.mkdir(exist_ok=True)
     rows = {name: batch.on_host[name] for name in ("image", "label", "id")}
     np.savez(folder / f"step_{step}_process_{jax.process_index()}.npz", **rows)
+
+
+def _keep_state(workdir: Path, state: TrainState, batch: _Batch, config: FrozenConfigDict) -> str:
+    """Saves the state before a step whose loss was not finite; what can be said of that."""
+    folder = workdir / NOT_FINITE
+    if jax.process_index() == 0:
+        for earlier in folder.glob("[0-9]*"):  # of another start that ended so
+            shutil.rmtree(earlier)
+    parallel.wait_for_all("not finite")
+    try:
+        with checkpointing.manager(folder, 1) as checkpoints:
+            checkpointing.save(checkpoints, state, batch.before, config)
+            checkpointing.look(checkpoints, wait=True)
+    except OSError as error:
+        return f"{folder} has its batch, but not the state before it: {error}"
+    return f"{folder} has the state before it and its batch"
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

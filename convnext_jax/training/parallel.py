@@ -289,6 +289,11 @@ def sharded_spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:
     return PartitionSpec(*(AXIS if i == axis else None for i in range(axis + 1)))
 
 
+def is_shared() -> bool:
+    """Whether this process has joined a run of several, or of one that is told to be of several."""
+    return jax.distributed.is_initialized()
+
+
 def wait_for_all(place: str) -> None:
     """Returns when every process has come to this place of the program."""
     if jax.process_count() > 1:

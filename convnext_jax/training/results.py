@@ -104,16 +104,17 @@ def write_results(
             name = file if files.count(file) == 1 else f"{file}_{label}"
             Image.fromarray(dataset.val[int(of_class[0])]["image"]).save(examples / f"{name}.png")
 
+    unreadable = len(dataset.val) - len(found.labels)  # by all processes
     final: dict[str, Any] = {
         "steps": steps,
         "examples": len(found.labels),
-        "unreadable": len(found.unreadable),
+        "unreadable": unreadable,
         "exported": exported,
     }
     for name, evaluation in evaluations.items():
         final |= {f"{name}/{metric}": value for metric, value in evaluation.metrics.items()}
     (workdir / "metrics.json").write_text(json.dumps(final, indent=2) + "\n", encoding="utf-8")
-    without = f" ({len(found.unreadable):,} more cannot be read)" if found.unreadable else ""
+    without = f" ({unreadable:,} more cannot be read)" if unreadable else ""
     print(
         f"top-1 {final[f'{exported}/top1']:.2%} on {len(found.labels):,} held-out examples"
         f"{without}; model in {workdir / 'model'}, report.html beside it"

@@ -170,7 +170,8 @@ def apply_gradients(
     """
     metrics = {**metrics, "gradient_norm": optax.tree.norm(gradients)}
     is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
-    skipped = state.skipped + ~is_finite
+    # When there were too many, the run is over, and a step that was under way does not count.
+    skipped = state.skipped + (~is_finite & (state.skipped <= config.max_skipped_steps))
     goes_on = skipped <= config.max_skipped_steps
 
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)

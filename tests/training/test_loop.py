@@ -399,6 +399,32 @@ def test_state_and_batch_of_a_loss_that_is_not_finite_are_kept(tmp_path, monkeyp
     with pytest.raises(FloatingPointError, match=r"at step 7\."):
         loop.train(toy_config(), again)
     assert read_rows(again / "examples.jsonl")[0] == {"step": 7, "ids": ids}
+    # The same run says the same when it is started again.
+    with pytest.raises(loop.NotFinite, match=r"at step 7\. .* has the state before it"):
+        loop.train(toy_config(), again)
+
+
+def test_state_before_a_loss_that_is_not_finite_goes_on_where_it_is_healthy(
+    finished, tmp_path, monkeypatch
+):
+    _, final = finished
+    with monkeypatch.context() as patch:
+        spoil_step(patch, 7)
+        with pytest.raises(loop.NotFinite):
+            loop.train(toy_config(), tmp_path / "run")
+    (tmp_path / "run" / "not_finite" / "6").rename(tmp_path / "run" / "checkpoints" / "6")
+    assert loop.train(toy_config(), tmp_path / "run") == final
+
+
+def test_state_that_cannot_be_kept_does_not_hide_the_loss(tmp_path, monkeypatch):
+    spoil_step(monkeypatch, 7)
+
+    def save(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(loop.checkpointing, "save", save)
+    with pytest.raises(loop.NotFinite, match=r"at step 7\. .* but not the state .* no space"):
+        loop.train(toy_config(), tmp_path / "run")
 
 
 def spoil_step(monkeypatch, number: int) -> None:
@@ -452,6 +478,9 @@ def test_sigterm_in_an_evaluation(finished, tmp_path, monkeypatch):
         patch.setattr(pipeline, "eval_batches", eval_batches)
         with pytest.raises(loop.Preempted, match="saved step 44 of 55"):
             loop.train(toy_config(), workdir)
+        # Neither this time, when the evaluation comes first.
+        with pytest.raises(loop.Preempted, match="during an evaluation"):
+            loop.train(toy_config(), workdir)
     assert not any("val/loss" in row for row in read_rows(workdir / "metrics.jsonl"))
     assert loop.train(toy_config(), workdir) == final
     assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
@@ -477,10 +506,10 @@ def test_damaged_newest_checkpoint_gives_way_to_the_one_before(damage, finished,
         shutil.rmtree(newest)
         newest.mkdir()
     assert loop.train(toy_config(), workdir) == final
-    said = capsys.readouterr().out
-    assert "checkpoint 55 in" in said
-    assert "cannot be read" in said
-    assert "resumed from step 44" in said
+    said = capsys.readouterr()
+    assert "checkpoint 55 in" in said.err
+    assert "cannot be read" in said.err
+    assert "resumed from step 44" in said.out
     assert (workdir / "damaged_checkpoints" / "55").is_dir()
     assert newest.is_dir()  # saved again
     assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
@@ -605,3 +634,43 @@ def test_digits_killed_in_the_middle_reach_98_percent_too(tmp_path):
         assert sorted(ids[start : start + count]) == list(range(count))
     final = json.loads((workdir / "metrics.json").read_text())
     assert final[f"{final['exported']}/top1"] >= 0.98
+
+
+def test_notice_before_the_first_step_of_a_resumed_run(monkeypatch):
+    """JAX names the step after the last that was asked about, here by none."""
+    asked, step_to_end = [], []
+
+    def reached(step):
+        if step_to_end:
+            return step == step_to_end[0]
+        asked.append(step)
+        return False
+
+    monkeypatch.setattr(loop.multihost_utils, "reached_preemption_sync_point", reached)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with loop._StopRequest() as stop:
+        step_to_end.append(max(asked, default=0) + 1)  # the notice
+        stop.begin_after(6)
+        assert stop.is_due(7)
+    asked.clear()
+    step_to_end.clear()
+    with loop._StopRequest() as stop:
+        stop.begin_after(6)
+        assert not stop.is_due(7)
+        step_to_end.append(max(asked) + 1)
+        assert stop.is_due(8)
+
+
+def test_checkpoint_that_another_process_cannot_read(finished, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    answers = iter([True, False])
+
+    def agree(value):
+        return value or next(answers, False)
+
+    monkeypatch.setattr(loop.checkpointing.parallel, "agree", agree)
+    steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    loop.train(toy_config(), workdir)
+    assert "another process cannot read its part" in capsys.readouterr().err
+    assert (workdir / "damaged_checkpoints" / str(steps[-1])).is_dir()
