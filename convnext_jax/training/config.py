@@ -46,9 +46,7 @@ def default_config() -> ConfigDict:
     )
     config.dtype = "float32"  # of the computation: "float32" or "bfloat16"; parameters stay f32
     config.remat = False  # compute whole blocks again in the backward pass: less memory, more time
-    config.scan = (
-        False  # run the equal blocks of a stage as a loop: compiles sooner, runs slower
-    )
+    config.scan = False  # run the blocks of a stage as a loop: compiles sooner, runs slower
 
     # Fine-tuning.
     config.init_from = ""  # a checkpoint to start from: a folder, a file of weights or a hub name
