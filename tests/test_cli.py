@@ -401,7 +401,7 @@ def test_evaluate_says_what_is_wrong_in_one_line(model_folder, class_folders, tm
     torn = tmp_path / "all_torn" / "church" / "torn.png"
     torn.parent.mkdir(parents=True)
     torn.write_bytes(b"no picture")
-    fails(model_folder, tmp_path / "all_torn", "none of the examples", "torn.png")
+    fails(model_folder, tmp_path / "all_torn", "none of the 1 examples", "torn.png")
     (class_folders / "dog").mkdir()
     fails(model_folder, class_folders, "dog", "holds no pictures")
     torn.rename(class_folders / "dog" / "torn.png")

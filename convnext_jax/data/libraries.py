@@ -150,8 +150,10 @@ def tfds(
             return np.array([rows[i]["label"] for i in numbers], np.int32)
 
         # With the time at which the set was prepared: another of this name has other labels.
-        prepared = os.stat(os.path.join(builder.data_path, "dataset_info.json")).st_mtime_ns
-        name = f"{builder.data_path} {split} {len(rows)} {prepared}"
+        about = Path(builder.data_path) / "dataset_info.json"
+        prepared = about.stat().st_mtime_ns if about.is_file() else 0  # it may be in a store
+        size = f"{len(rows)} {info.splits[split].num_bytes}"
+        name = f"{builder.data_path} {split} {size} {prepared}"
         return LibrarySource(
             f"{folder}/{split}",
             _kept(name, read_labels),

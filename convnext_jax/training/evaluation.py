@@ -194,8 +194,12 @@ def evaluate(
         wait_for_one()
     mask = _in_order(kept["mask"]).astype(bool)
     if not mask.any():
-        first = unreadable[0][1] if unreadable else "another process says why"
-        raise InputError(f"none of the examples to evaluate on can be read; the first: {first}")
+        if not unreadable:  # all of them are other processes'
+            raise InputError("no example to evaluate on can be read; another process says why")
+        raise InputError(
+            f"none of the {len(unreadable)} examples to evaluate on can be read; the first: "
+            f"{unreadable[0][1]}"
+        )
     labels, ids = _in_order(kept["label"])[mask], _in_order(kept["id"])[mask]
 
     def gather(outputs: list[Scores]) -> Evaluation:

@@ -290,7 +290,7 @@ def sharded_spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:
 
 
 def is_shared() -> bool:
-    """Whether this process has joined a run of several, or of one that is told to be of several."""
+    """Whether this process has joined others by `join`, even if there turned out to be none."""
     return jax.distributed.is_initialized()
 
 

@@ -93,7 +93,7 @@ def test_examples_that_cannot_be_read_are_in_no_figure():
     assert result.unreadable == ((1, "1 cannot be read"), (4, "4 cannot be read"))
     for batch in batches:
         batch["mask"][:] = 0
-    with pytest.raises(InputError, match=r"none of the examples .* the first: 1 cannot be read"):
+    with pytest.raises(InputError, match=r"none of the 2 examples .* the first: 1 cannot be read"):
         evaluate(scale_and_score, {"val": jnp.float32(1)}, batches)
 
 

@@ -439,7 +439,7 @@ def spoil_step(monkeypatch, number: int) -> None:
     monkeypatch.setattr(step_module, "local_gradients", local_gradients)
 
 
-def test_steps_may_be_left_out(tmp_path, monkeypatch, capsys):
+def test_steps_may_be_left_out(finished, tmp_path, monkeypatch, capsys):
     spoil_step(monkeypatch, 6)
     final = loop.train(toy_config(max_skipped_steps=1), tmp_path / "run")
     assert final["steps"] == 55
@@ -449,6 +449,10 @@ def test_steps_may_be_left_out(tmp_path, monkeypatch, capsys):
     assert rows[6] == {"step": 6, "train/skipped": 1}
     assert rows[9]["train/skipped"] == 1
     assert np.isfinite(rows[9]["train/loss"])
+    # The schedule stood still in the step that was left out: that of step 8, between 6 and 9.
+    seen = {row["step"]: row for row in read_rows(finished[0] / "metrics.jsonl")}
+    rates = [seen[step]["train/learning_rate"] for step in (6, 9)]
+    assert min(rates) < rows[9]["train/learning_rate"] < max(rates)
 
 
 def test_sigterm_ends_with_a_checkpoint(finished, tmp_path, monkeypatch):
