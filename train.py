@@ -17,7 +17,9 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 INSTALL = "install what training needs with pip install -e '.[train]'"
 
@@ -105,9 +107,7 @@ def main(argv: list[str]) -> int:
     except (InputError, OSError) as error:
         status = _complain(str(error))
         if parallel.is_shared():
-            # The others may be in the middle of a step: they are to find this one gone, where it
-            # would wait for them to end too.
-            os._exit(status)
+            _leave(status)
         return status
     except loop.NotFinite as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -118,7 +118,23 @@ def main(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 130
+    except Exception:
+        if not parallel.is_shared():
+            raise
+        traceback.print_exc()
+        _leave(1)
     return 0
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends one of several processes at once.
+
+    The others may be in the middle of a step: they are to find this one gone, where the usual way
+    out would wait for them to end too.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _keep_compiled_programs() -> None:

@@ -124,13 +124,13 @@ def measure_memory(options: argparse.Namespace) -> list[dict]:
 
 
 def measure_one(options: argparse.Namespace) -> dict:
-    contender = Contender(options, options.only, options.devices or jax.device_count())
+    contender = Contender(options, options.only, jax.device_count())
     milliseconds = 1000 * contender.run(STEPS)
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.devices()]
     state = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(contender.state))
     return {
         "layout": options.only,
-        "devices": options.devices or jax.device_count(),
+        "devices": jax.device_count(),
         "peak GiB a device": [round(peak / 2**30, 2) for peak in peaks],
         "state GiB a device": round(state / 2**30, 2),
         "ms": round(milliseconds, 1),
@@ -146,7 +146,6 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="look at memory, not at time")
     parser.add_argument("--toy", action="store_true", help="a small network")
     parser.add_argument("--only", choices=("pmap", "sharded"), help=argparse.SUPPRESS)
-    parser.add_argument("--devices", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
         print(json.dumps(measure_one(options)))

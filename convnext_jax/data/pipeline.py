@@ -17,7 +17,6 @@ otherwise an interrupted program finishes the batches already under way before i
 
 import functools
 import math
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from convnext_jax.data import photo
 from convnext_jax.data.dataset import Source
 from convnext_jax.data.encoded import Encoded
 from convnext_jax.data.sources import ArraySource
-from convnext_jax.data.workers import Workers
+from convnext_jax.data.workers import Workers, cores
 from convnext_jax.errors import InputError
 from convnext_jax.image.crop import CROP_DRAWS, sample_crop
 from convnext_jax.image.processor import resize_rule
@@ -112,7 +111,7 @@ def train_batches(
     workers = None
     are_files = crop_scale is not None and source.file(0) is not None
     if are_files:
-        num_workers = min(_cores(), _MOST_PROCESSES) if num_workers is None else num_workers
+        num_workers = min(cores(), _MOST_PROCESSES) if num_workers is None else num_workers
         if num_workers >= _FEWEST_PROCESSES:
             read_crops = workers = Workers(read_crops, num_workers)
 
@@ -391,13 +390,8 @@ def _iterator(
     batch_bytes: int,
 ) -> grain.DatasetIterator:
     if num_workers is None:
-        num_workers = min(_cores(), _MOST_THREADS)
+        num_workers = min(cores(), _MOST_THREADS)
     # Counted in batches, which may be large: enough that no thread waits, but no more than fits.
     ahead = min(num_workers + 2, max(2, _MOST_AHEAD // batch_bytes))
     options = grain.ReadOptions(num_threads=num_workers, prefetch_buffer_size=ahead)
     return iter(grain.MapDataset.range(batches).map(make_batch).to_iter_dataset(options))
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -34,7 +34,7 @@ from convnext_jax.data.encoded import (
     reason_of,
 )
 from convnext_jax.data.photo import read_photo
-from convnext_jax.data.workers import Workers
+from convnext_jax.data.workers import Workers, cores
 from convnext_jax.errors import InputError
 
 CLASSES = "classes.json"  # what `pack` writes: a list of names
@@ -393,7 +393,7 @@ def _stamp(shard: str) -> tuple[int, int]:
 def _scan_all(shards: list[str], scan: Callable[[str], _Part]) -> Iterator[_Part]:
     from tqdm import tqdm
 
-    number = min(len(shards) // _FILES_A_PROCESS, os.cpu_count() or 1, _MOST_PROCESSES)
+    number = min(len(shards) // _FILES_A_PROCESS, cores(), _MOST_PROCESSES)
     with contextlib.ExitStack() as stack:
         parts = map(scan, shards)
         if number > 1:

@@ -26,6 +26,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Workers:
     """Calls a function in other processes: `workers(*arguments)` as `function(*arguments)`.
 

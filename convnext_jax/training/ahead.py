@@ -13,7 +13,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,7 +94,7 @@ def describe(topology: str) -> list[jax.Device]:
             f"there is no topology {topology!r} ({reason}): give one such as v5e:4x4, v5e:8x16, "
             "v5p:2x2x4 or v6e:4x4"
         ) from error
-    return sorted(devices, key=lambda device: (device.process_index, device.id))
+    return parallel.in_order(devices)
 
 
 # The step -----------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def lower(
     optimizer, _ = run_optimizer(config, plan, params)
     layout = parallel.layout(config.parallelism, devices)
     by_device = NamedSharding(layout.mesh, PartitionSpec(AXIS))
-    state = _placed(
+    state = parallel.placed(
         jax.eval_shape(
             functools.partial(init_state, optimizer=optimizer, with_average=config.ema_decay > 0),
             params,
@@ -145,8 +145,8 @@ def lower(
         "image": jax.ShapeDtypeStruct(layout.batch_shape((size, side, side, 3)), jnp.uint8),
         "label": jax.ShapeDtypeStruct(layout.batch_shape((size,)), jnp.int32),
     }
-    batch = _placed(batch, lambda tree: jax.tree.map(lambda _: by_device, tree))
-    key = _placed(jax.eval_shape(lambda: jax.random.key(0)), layout.state_sharding)
+    batch = parallel.placed(batch, lambda tree: jax.tree.map(lambda _: by_device, tree))
+    key = parallel.placed(jax.eval_shape(lambda: jax.random.key(0)), layout.state_sharding)
     lowered = layout.train_step(model, optimizer, config).lower(state, batch, key)
     return Step(lowered, state, batch, model, plan)
 
@@ -171,14 +171,6 @@ def _network(
     else:
         shapes = jax.eval_shape(params)
     return made[0], shapes
-
-
-def _placed(shapes: PyTree, sharding_of: Callable[[PyTree], PyTree]) -> PyTree:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        sharding_of(shapes),
-    )
 
 
 # What the compiled program says -------------------------------------------------------------------

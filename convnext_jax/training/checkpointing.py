@@ -36,35 +36,39 @@ PyTree = Any
 DAMAGED = "damaged_checkpoints"
 
 
-def manager(folder: Path, keep: int) -> ocp.CheckpointManager:
+class Checkpoints(ocp.CheckpointManager):
     """An orbax manager that keeps the newest `keep` checkpoints and the best by top-1."""
-    best = BestN(get_metric_fn=lambda m: m["top1"], n=1, keep_checkpoints_without_metrics=False)
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
-        create=True,
-        cleanup_tmp_directories=True,  # of a run that ended while it saved
-    )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def __init__(self, folder: Path, keep: int):
+        best = BestN(get_metric_fn=lambda m: m["top1"], n=1, keep_checkpoints_without_metrics=False)
+        self.meetings = _Meetings(folder.name) if jax.process_count() > 1 else None
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+            create=True,
+            cleanup_tmp_directories=True,  # of a run that ended while it saved
+            async_options=ocp.AsyncOptions(barrier_sync_fn=self.meetings),
+        )
+        super().__init__(folder.absolute(), options=options)
 
 
 def save(
-    checkpoints: ocp.CheckpointManager,
+    checkpoints: Checkpoints,
     state: TrainState,
     data: dict[str, Any],
     config: FrozenConfigDict,
     top1: float | None = None,
 ) -> None:
-    """Starts saving, when the saving before has ended.
+    """Starts saving; `look` with `wait` comes first, for the one before.
 
     Args:
-      checkpoints: of `manager`.
+      checkpoints: the run's.
       state: global arrays, as a layout's `stored` gives them.
       data: the iterator's `get_state()` after the batch of the last step.
       config: the run's settings.
       top1: of an evaluation of this state on val, if there was one.
 
     Raises:
-      OSError: this one or the one before could not be written; what was written is removed.
+      OSError: it cannot be written; what was written is removed.
     """
     run = {
         "config": json.loads(config.to_json_best_effort()),
@@ -79,31 +83,34 @@ def save(
     metrics = None if top1 is None else {"top1": top1}
     step = int(state.step)
     with _removing_what_failed(checkpoints):
-        checkpoints.wait_until_finished()
+        if checkpoints.meetings is not None:
+            checkpoints.meetings.begin(step)
         checkpoints.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
 
-def look(checkpoints: ocp.CheckpointManager, *, wait: bool = False) -> None:
+def look(checkpoints: Checkpoints, *, wait: bool = False) -> None:
     """Asks how the writing in the background is going, or waits for its end.
 
+    Of several processes, which must all hear of a failure at the same step, none asks without
+    waiting.
+
     Raises:
-      OSError: it failed; what was written is removed.
+      OSError: it failed, here or in another process; what was written is removed.
     """
     with _removing_what_failed(checkpoints):
-        checkpoints.check_for_errors()
+        if checkpoints.meetings is None:
+            checkpoints.check_for_errors()
         if wait:
             checkpoints.wait_until_finished()
 
 
-def restore(
-    checkpoints: ocp.CheckpointManager, like: TrainState
-) -> tuple[TrainState, dict[str, Any]] | None:
+def restore(checkpoints: Checkpoints, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest checkpoint that can be read, placed as `like` says; None when there is none.
 
     Newer ones that cannot be read are named, and moved to a folder `DAMAGED` beside the others.
 
     Args:
-      checkpoints: of `manager`.
+      checkpoints: the run's.
       like: shapes and dtypes, with shardings.
 
     Raises:
@@ -145,11 +152,60 @@ def code_version() -> str:
     return f"{version} ({commit.stdout.strip()})"
 
 
+class _Meetings:
+    """Where the processes wait for each other while they save, as orbax calls for it.
+
+    orbax has all meet when they have written, when the checkpoint has its name, and when it is over
+    in whatever way. A process that could not write leaves out the first, where the others wait
+    for it until their time is over. Here it comes there too and says so, and all fail alike.
+
+    Args:
+      name: of the folder, so that two folders may have checkpoints of the same step.
+    """
+
+    KINDS = ("_async_write_complete", "_async_commit_complete")
+    OPEN, SHUT = (f"ThreadSaveMultiHostValueHolder:set_value_{x}" for x in ("start", "end"))
+
+    def __init__(self, name: str):
+        self._name = name
+        self._client = ocp.multihost.get_jax_distributed_client()
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Before a checkpoint of this step is saved."""
+        self._step, self._is_begun = step, False
+        self._to_come: tuple[str, ...] = ()
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        kind = key.partition(".")[0]
+        if kind == self.OPEN:  # once before the writing, once when it is over
+            self.come_without_part()
+        self._client.wait_at_barrier(key, timeout_ms)
+        if kind == self.SHUT and not self._is_begun:
+            self._is_begun, self._to_come = True, self.KINDS
+        elif kind in self.KINDS:
+            self._to_come = self.KINDS[self.KINDS.index(kind) + 1 :]
+            if self._client.key_value_dir_get(f"{self._name}/failed/{key}/"):
+                self._to_come = ()
+                raise OSError("another process could not write its part")
+
+    def come_without_part(self) -> None:
+        """Goes where the others wait, if they do, and tells them; returns when all are there."""
+        waiting, self._to_come = self._to_come[:1], ()
+        for kind in waiting:
+            key = f"{kind}.{self._step}"
+            self._client.key_value_set(f"{self._name}/failed/{key}/{jax.process_index()}", "")
+            self._client.wait_at_barrier(key, 1000 * ocp.AsyncOptions().timeout_secs)
+
+
 @contextlib.contextmanager
-def _removing_what_failed(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
+def _removing_what_failed(checkpoints: Checkpoints) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # orbax and tensorstore raise of every kind
+        with contextlib.suppress(Exception):
+            if checkpoints.meetings is not None:
+                checkpoints.meetings.come_without_part()
         # Its space may be what the next one needs. Some of its writers may still be at work.
         with contextlib.suppress(Exception):
             checkpoints.wait_until_finished()
@@ -168,7 +224,7 @@ def _short(error: BaseException) -> str:
 
 
 def _restore(
-    checkpoints: ocp.CheckpointManager, step: int, like: TrainState
+    checkpoints: Checkpoints, step: int, like: TrainState
 ) -> tuple[TrainState, dict[str, Any]]:
     items = {
         "state": ocp.args.StandardRestore(like),
@@ -191,7 +247,7 @@ def _restore(
     return restored["state"], restored["data"]
 
 
-def _set_aside(checkpoints: ocp.CheckpointManager, step: int) -> None:
+def _set_aside(checkpoints: Checkpoints, step: int) -> None:
     folder = Path(checkpoints.directory)
     aside = folder.parent / DAMAGED
     if jax.process_index() == 0:

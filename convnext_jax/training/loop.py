@@ -121,13 +121,13 @@ def _train(
     print(recipe.group_table(params, weight_decay=config.weight_decay, **groups))
 
     checkpoints = stack.enter_context(
-        checkpointing.manager(workdir / "checkpoints", config.keep_checkpoints)
+        checkpointing.Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
     )
     first_state = functools.partial(
         init_state, optimizer=optimizer, with_average=config.ema_decay > 0
     )
     shapes = jax.eval_shape(first_state, params)
-    restored = checkpointing.restore(checkpoints, _placed(shapes, layout.stored_sharding(shapes)))
+    restored = checkpointing.restore(checkpoints, parallel.placed(shapes, layout.stored_sharding))
     if restored is None:
         # From the host's memory, so that no device ever has more than its part.
         place = jax.jit(first_state, out_shardings=layout.state_sharding(shapes))
@@ -194,6 +194,7 @@ def _train(
         with contextlib.closing(examples):
             found = evaluate(eval_step, weights, stop.watch(examples), layout.put, layout.rows)
         unreadable.add("val", found["val"].unreadable, len(found["val"].labels))
+        unreadable.hear_of_others()
         return found
 
     def write_evaluation(step: int, found: dict[str, Evaluation], rate: float | None) -> None:
@@ -210,6 +211,8 @@ def _train(
         top1 = None
         if evaluations is not None:
             top1 = evaluations.get("val_ema", evaluations["val"]).metrics["top1"]
+        with _failed_save(config):
+            checkpointing.look(checkpoints, wait=True)  # at the one before
         with _failed_save(config):
             checkpointing.save(checkpoints, layout.stored(state), batch.position, config, top1)
 
@@ -266,7 +269,7 @@ def _train(
         try:
             if pending is not None:
                 write_step(*pending)
-            pending = step, batch, metrics
+            pending = step, batch._replace(on_devices=None), metrics  # which need the memory
             if evaluation_due or save_due or is_preempted:
                 write_step(*pending)
                 pending = None
@@ -424,20 +427,12 @@ def _keep_state(workdir: Path, state: TrainState, batch: _Batch, config: FrozenC
             shutil.rmtree(earlier)
     parallel.wait_for_all("not finite")
     try:
-        with checkpointing.manager(folder, 1) as checkpoints:
+        with checkpointing.Checkpoints(folder, 1) as checkpoints:
             checkpointing.save(checkpoints, state, batch.before, config)
             checkpointing.look(checkpoints, wait=True)
     except OSError as error:
         return f"{folder} has its batch, but not the state before it: {error}"
     return f"{folder} has the state before it and its batch"
-
-
-def _placed(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
 
 
 def _is_evaluated(metrics_path: Path, step: int) -> bool:
@@ -449,7 +444,8 @@ def _open_workdir(workdir: Path, config: FrozenConfigDict, data: dict[str, str])
     config_path, data_path = workdir / "config.json", workdir / "data.json"
     partial = workdir / ".config.json.partial"
     settings = json.loads(config.to_json_best_effort())
-    if any((workdir / "checkpoints").glob("[0-9]*")):  # otherwise there is nothing to continue
+    # Without a whole checkpoint there is nothing to continue.
+    if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
         changed = set(_differences(settings, read_json(config_path))) - FREE_SETTINGS
         if changed:
             raise InputError(

@@ -75,8 +75,13 @@ def join(
 
 
 def all_devices() -> list[jax.Device]:
-    """Those of all processes, process by process, as the rows of a batch lie over them."""
-    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    """Those of all processes, `in_order`."""
+    return in_order(jax.devices())
+
+
+def in_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Process by process, as the rows of a batch lie over them."""
+    return sorted(devices, key=lambda device: (device.process_index, device.id))
 
 
 def layout(name: str, devices: Sequence[jax.Device] | None = None) -> DataParallel | Sharded:
@@ -274,6 +279,15 @@ class Sharded:
             return jax.lax.pmean(gradient, AXIS)
         total = jax.lax.psum_scatter(gradient, AXIS, scatter_dimension=spec.index(AXIS), tiled=True)
         return total / len(self.devices)
+
+
+def placed(shapes: PyTree, sharding_of: Callable[[PyTree], PyTree]) -> PyTree:
+    """Shapes and dtypes with the shardings that one of a layout's functions says."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        sharding_of(shapes),
+    )
 
 
 def sharded_spec(shape: tuple[int, ...], devices: int) -> PartitionSpec:

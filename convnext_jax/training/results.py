@@ -22,7 +22,7 @@ from convnext_jax.training.config import default_config, eval_pictures, train_pi
 from convnext_jax.training.evaluation import Evaluation
 from convnext_jax.training.metrics import METRICS_NAME, TIMING_NAME, read_rows
 from convnext_jax.training.step import augment
-from convnext_jax.training.unreadable import UNREADABLE_NAME
+from convnext_jax.training.unreadable import UNREADABLE_NAME, listed
 
 PyTree = Any
 
@@ -68,7 +68,7 @@ def write_results(
         "training examples": f"{len(dataset.train):,}",
         "parameters": f"{sum(x.size for x in jax.tree.leaves(params)):,}",
     }
-    splits = [row["split"] for row in read_rows(workdir / UNREADABLE_NAME)]
+    splits = [row["split"] for row in listed(workdir)]
     if splits:
         facts["unreadable examples"] = (
             f"{splits.count('train'):,} of train, {splits.count('val'):,} of val: {UNREADABLE_NAME}"

@@ -69,8 +69,22 @@ def start(
     }
     command = [sys.executable, str(TRAIN), f"--config={__file__}", f"--workdir={workdir}"]
     command += [f"--config.parallelism={layout}", *flags]
-    with log_of(workdir).open("ab") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    with log_of(workdir).open("ab") as log:  # through a pipe, which has no limit of its size
+        pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
+    with pipe.stdin as end:
+        return subprocess.Popen(command, env=environment, stdout=end, stderr=end)
+
+
+def start_two(
+    workdir: Path, *flags: str, layout: str = "pmap", of_second: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
+    """A run of two processes with four devices each; the second may have flags of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = (*flags, f"--coordinator=127.0.0.1:{port}", "--processes=2")
+    first = start(workdir, *flags, "--process=0", layout=layout, devices=4)
+    return [first, start(workdir, *flags, "--process=1", *of_second, layout=layout, devices=4)]
 
 
 def log_of(workdir: Path) -> Path:
@@ -81,11 +95,15 @@ def ends_well(process: subprocess.Popen, workdir: Path) -> None:
     assert process.wait(600) == 0, log_of(workdir).read_text()[-3000:]
 
 
-def until(process: subprocess.Popen, holds) -> None:
-    """Waits for something that a run is to do before it ends."""
+def until(process: subprocess.Popen, holds) -> bool:
+    """Waits for something that a run is to do before it ends; whether it did."""
     for _ in range(60_000):
-        if holds() or process.poll() is not None:
-            return
+        has_ended = process.poll() is not None
+        if holds():
+            return True
+        if has_ended:
+            time.sleep(1)  # for what it said last
+            return holds()
         time.sleep(0.01)
     raise AssertionError("the run did not come to it")
 
@@ -131,22 +149,23 @@ def whole(tmp_path_factory, cache):
     return {layout: root / layout for layout in ("pmap", "sharded")}
 
 
-def test_curve_is_the_same_on_any_devices(whole, tmp_path, cache):
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory):
+    """Folders of runs of two processes that nothing happened to, by layout."""
+    root = tmp_path_factory.mktemp("whole_of_two")
+    for layout in ("pmap", "sharded"):
+        for process in start_two(root / layout, layout=layout):
+            ends_well(process, root / layout)
+    return {layout: root / layout for layout in ("pmap", "sharded")}
+
+
+def test_curve_is_the_same_on_any_devices(whole, whole_of_two, tmp_path, cache):
     folders = dict(whole)
     for layout in ("pmap", "sharded"):
         for devices in (1, 2):
             workdir = folders[f"{layout} {devices}"] = tmp_path / f"{layout}_{devices}"
             ends_well(start(workdir, layout=layout, devices=devices, cache=cache), workdir)
-        workdir = folders[f"{layout} 2 x 4"] = tmp_path / f"{layout}_of_two"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        flags = [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
-        both = [
-            start(workdir, *flags, f"--process={i}", layout=layout, devices=4) for i in range(2)
-        ]
-        for process in both:
-            ends_well(process, workdir)
+        folders[f"{layout} 2 x 4"] = whole_of_two[layout]
     curves = {
         name: np.array([row["train/loss"] for row in read_rows(workdir / "metrics.jsonl")
                         if "train/loss" in row])
@@ -212,7 +231,7 @@ def is_saving(workdir: Path) -> bool:
 def test_sigterm_saves_and_asks_to_be_started_again(layout, whole, tmp_path, cache):
     workdir = tmp_path / "run"
     process = start(workdir, layout=layout, cache=cache)
-    until(process, lambda: steps_of(workdir) >= 10)
+    assert until(process, lambda: steps_of(workdir) >= 10)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == os.EX_TEMPFAIL
     said = log_of(workdir).read_text()
@@ -252,7 +271,7 @@ def test_disk_that_is_full(failed_save, whole, tmp_path, cache):
     )
     unlimited = resource.RLIM_INFINITY
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, unlimited))
-    until(process, lambda: "could not be written" in log_of(workdir).read_text())
+    assert until(process, lambda: "could not be written" in log_of(workdir).read_text())
     if process.poll() is None:
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (unlimited, unlimited))
     status = process.wait(300)
@@ -267,3 +286,75 @@ def test_disk_that_is_full(failed_save, whole, tmp_path, cache):
         ends_well(start(workdir, cache=cache), workdir)
         assert "resumed from step" in log_of(workdir).read_text()
     assert_equal_runs(workdir, whole["pmap"])
+
+
+@pytest.mark.parametrize(
+    ("failed_save", "layout", "number"), [("stop", "pmap", 0), ("continue", "sharded", 1)]
+)
+def test_disk_that_is_full_for_one_of_two(failed_save, layout, number, whole_of_two, tmp_path):
+    """The other one, which could write its part, does not wait for it, and they do the same."""
+    workdir = tmp_path / "run"
+    both = start_two(workdir, f"--config.failed_save={failed_save}", layout=layout)
+    assert until(both[0], lambda: (workdir / "checkpoints" / "3").exists())
+    unlimited = resource.RLIM_INFINITY
+    resource.prlimit(both[number].pid, resource.RLIMIT_FSIZE, (30_000, unlimited))
+    assert until(both[number], lambda: "File too large" in log_of(workdir).read_text())
+    if both[number].poll() is None:
+        resource.prlimit(both[number].pid, resource.RLIMIT_FSIZE, (unlimited, unlimited))
+    statuses = [process.wait(300) for process in both]
+    assert until(both[0], lambda: "another process could not write" in log_of(workdir).read_text())
+    said = log_of(workdir).read_text()
+    if failed_save == "continue":
+        assert statuses == [0, 0], said[-3000:]
+        assert said.count("goes on without it") == 2
+    else:
+        assert statuses == [2, 2], said[-3000:]
+        for process in start_two(workdir, layout=layout):
+            ends_well(process, workdir)
+        assert "resumed from step" in log_of(workdir).read_text()
+    assert_equal_runs(workdir, whole_of_two[layout])
+
+
+def test_notice_for_one_of_two_also_before_its_first_step(whole_of_two, tmp_path):
+    workdir = tmp_path / "run"
+    for start_number in range(2):
+        both = start_two(workdir)
+        if start_number == 0:
+            assert until(both[0], lambda: steps_of(workdir) >= 10)
+        else:
+            assert until(both[0], lambda: "resumed from" in log_of(workdir).read_text())
+        both[1].send_signal(signal.SIGTERM)
+        statuses = [process.wait(300) for process in both]
+        said = log_of(workdir).read_text()
+        assert statuses == [os.EX_TEMPFAIL] * 2, said[-3000:]
+        assert "Traceback" not in said
+    saved = [int(step) for step in re.findall(r"asked to end, saved step (\d+)", said)]
+    assert saved[0] == saved[1] < saved[2] == saved[3] < saved[0] + 5
+    for process in start_two(workdir):
+        ends_well(process, workdir)
+    assert_equal_runs(workdir, whole_of_two["pmap"])
+
+
+def test_one_of_two_is_killed_and_its_part_of_the_checkpoint_damaged(whole_of_two, tmp_path):
+    workdir = tmp_path / "run"
+    both = start_two(workdir, layout="sharded")
+    assert until(both[0], lambda: steps_of(workdir) >= 12)
+    both[1].kill()
+    assert both[0].wait(300) != 0  # by itself, as the other one is gone
+    saved = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    for part in (workdir / "checkpoints" / str(saved[-1]) / "state").glob("ocdbt.process_1/d/*"):
+        part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    for process in start_two(workdir, layout="sharded"):
+        ends_well(process, workdir)
+    said = log_of(workdir).read_text()
+    assert f"checkpoint {saved[-1]} in" in said
+    assert f"resumed from step {saved[-2]}" in said
+    assert_equal_runs(workdir, whole_of_two["sharded"])
+
+
+def test_one_of_two_cannot_begin(tmp_path):
+    workdir = tmp_path / "run"
+    first, second = start_two(workdir, of_second=("--config.batch_size=63",))
+    assert second.wait(300) == 2
+    assert first.wait(300) != 0
+    assert "batch_size" in log_of(workdir).read_text()

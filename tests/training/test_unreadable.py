@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from convnext_jax.data.sources import Dataset, Source
 from convnext_jax.errors import InputError
+from convnext_jax.training import parallel
 from convnext_jax.training.metrics import read_rows
-from convnext_jax.training.unreadable import UnreadableExamples
+from convnext_jax.training.unreadable import UnreadableExamples, listed
 
 MANY = 1_000_000
 
@@ -101,3 +103,28 @@ def test_the_share_itself_is_never_taken_for_too_many(tmp_path: Path, most):
 
 def test_all_may_be_unreadable_if_so_wanted(tmp_path: Path):
     listing(tmp_path, 1.0, 30).add("val", failures(*range(30)), 0)
+
+
+def test_of_several_processes_each_hears_of_all(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(parallel, "wait_for_all", lambda place: None)
+    lists = []
+    for number in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda: number)  # noqa: B023
+        lists.append(listing(tmp_path, 0.05, 100))
+    first, second = lists
+    for number, unreadable in enumerate(lists):  # neither has met more than its share
+        unreadable.add("train", failures(*range(3 * number, 3 * number + 3)), 1000)
+    assert len(read_rows(tmp_path / "unreadable_1.jsonl")) == 3
+    assert len(listed(tmp_path)) == 6
+    for unreadable in (first, second):
+        with pytest.raises(InputError, match="at least 6 of the 100 examples of train"):
+            unreadable.hear_of_others()
+    # A run that goes on knows what all have listed, whichever process it is.
+    third = listing(tmp_path, 0.06, 100, resumed=True)
+    third.add("train", failures(0, 5), 1000)
+    assert len(listed(tmp_path)) == 6
+    # Another run begins with none, also of processes that it does not have.
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    listing(tmp_path, 0.05, 100)
+    assert listed(tmp_path) == []
