@@ -103,17 +103,21 @@ class ConvNextModule(nn.Module):
             param_dtype=self.param_dtype, precision=self.precision, name=name,
         )  # fmt: skip
 
+    @property
+    def _epsilon(self) -> float:
+        """Of every norm but the last."""
+        is_dinov3 = self.config.model_type == "dinov3_convnext"
+        return self.config.layer_norm_eps if is_dinov3 else EPSILON
+
     @nn.nowrap
     def _norm(
         self, name: str, epsilon: float | None = None, dtype: DTypeLike | None = None
     ) -> nn.Module:
-        if epsilon is None:
-            is_dinov3 = self.config.model_type == "dinov3_convnext"
-            epsilon = self.config.layer_norm_eps if is_dinov3 else EPSILON
         # The two-pass variance: E[x²] - E[x]² cancels, and with the final norm's epsilon of 1e-12
         # nothing covers what is left.
         return nn.LayerNorm(
-            epsilon=epsilon, use_fast_variance=False, dtype=dtype or self.dtype,
+            epsilon=self._epsilon if epsilon is None else epsilon, use_fast_variance=False,
+            dtype=dtype or self.dtype,
             param_dtype=self.param_dtype, name=name,
         )  # fmt: skip
 
@@ -128,10 +132,10 @@ class DepthwiseConv(ConvNextModule):
         kernel = self.param("kernel", self._kernel_init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = ops.depthwise_conv(
-            x, kernel, implementation=self.implementation, precision=self.precision
-        )
-        return y + bias
+        return ops.depthwise_conv(
+            x, kernel, bias, implementation=self.implementation, precision=self.precision,
+            is_mapped=self.axis_name is not None,
+        )  # fmt: skip
 
 
 class ScaledDense(ConvNextModule):
@@ -211,25 +215,61 @@ class ConvNextLayer(ConvNextModule):
         self, x: jax.Array, train: bool = False, key: jax.Array | None = None
     ) -> jax.Array:
         """(N, H, W, C) to the same; drop path takes a key of the stream "drop_path", or `key`."""
-        width = x.shape[-1]
+        width, rate = x.shape[-1], self.drop_path_rate
+        drops = train and (isinstance(rate, jax.Array) or rate > 0)
+        if drops and key is None:
+            key = self.drop_path_key()
         y = checkpoint_name(DepthwiseConv(**self.shared, name="dwconv")(x), "conv")
+        if self._is_fused(y, train):
+            gain = None
+            if drops:
+                gain = ops.drop_path_gain(len(x), rate, key, self.axis_name, jnp.float32)
+            return ops.norm_mlp(
+                y, x, self._weights(), gain, epsilon=self._epsilon, implementation="fused"
+            )
         y = self._norm("layernorm")(y)
         y = checkpoint_name(self._dense(EXPANSION * width, "pwconv1")(y), "hidden")
         y = ops.activation(self.config.hidden_act)(y)
         if self.config.model_type == "convnextv2":
             y = GlobalResponseNorm(**self.shared, name="grn")(y)
-        initial_scale = self.config.layer_scale_init_value
-        if initial_scale > 0 or self.config.model_type == "dinov3_convnext":
-            init = nn.initializers.constant(initial_scale)
+        if self._has_scale:
+            init = nn.initializers.constant(self.config.layer_scale_init_value)
             scale = self.param("layer_scale_parameter", init, (width,), self.param_dtype)
             y = ScaledDense(**self.shared, features=width, name="pwconv2")(y, scale, train)
         else:
             y = self._dense(width, "pwconv2")(y)
-        rate = self.drop_path_rate
-        if train and (isinstance(rate, jax.Array) or rate > 0):
-            key = self.drop_path_key() if key is None else key
+        if drops:
             y = ops.drop_path(y, rate, key, self.axis_name)
         return x + y
+
+    @property
+    def _has_scale(self) -> bool:
+        config = self.config
+        return config.layer_scale_init_value > 0 or config.model_type == "dinov3_convnext"
+
+    @nn.nowrap
+    def _is_fused(self, y: jax.Array, train: bool) -> bool:
+        """Whether all that follows the convolution runs as one operation."""
+        return (
+            not self.is_initializing()
+            and self.implementation is None
+            and self.precision is None
+            and self._has_scale
+            and self.config.model_type != "convnextv2"
+            and self.config.hidden_act in ("gelu", "gelu_python")
+            and ops.is_fused_faster(
+                y.shape, y.dtype, with_gradient=train, is_mapped=self.axis_name is not None
+            )
+        )
+
+    @nn.nowrap
+    def _weights(self) -> ops.NormMlpWeights:
+        params = self.variables["params"]
+        norm, first, second = (params[name] for name in ("layernorm", "pwconv1", "pwconv2"))
+        return ops.NormMlpWeights(
+            norm["scale"], norm["bias"], first["kernel"], first["bias"], second["kernel"],
+            second["bias"], params["layer_scale_parameter"],
+        )  # fmt: skip
 
     def drop_path_key(self) -> jax.Array:
         """The next key of this block in the stream "drop_path"."""

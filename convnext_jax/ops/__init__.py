@@ -2,6 +2,17 @@
 
 from convnext_jax.ops.activations import ACTIVATIONS, activation
 from convnext_jax.ops.depthwise_conv import depthwise_conv
-from convnext_jax.ops.drop_path import drop_path, own_part
+from convnext_jax.ops.drop_path import drop_path, drop_path_gain, own_part
+from convnext_jax.ops.norm_mlp import NormMlpWeights, is_fused_faster, norm_mlp
 
-__all__ = ["ACTIVATIONS", "activation", "depthwise_conv", "drop_path", "own_part"]
+__all__ = [
+    "ACTIVATIONS",
+    "NormMlpWeights",
+    "activation",
+    "depthwise_conv",
+    "drop_path",
+    "drop_path_gain",
+    "is_fused_faster",
+    "norm_mlp",
+    "own_part",
+]

@@ -1,6 +1,6 @@
 """Depthwise convolution, stride 1, zero padding that keeps the size.
 
-One meaning, three implementations:
+One meaning, four implementations:
 
 - `plain`: XLA's grouped convolution, differentiable in every mode and to every order.
 - `shifted`: a sum of shifted copies of the input, one a tap of the kernel. XLA's CPU backend has no
@@ -12,7 +12,11 @@ One meaning, three implementations:
   gradient, and 1.5 to 42 times for the kernel's gradient, which cuDNN is slow at on maps of 7x7; on
   a CPU, with enough examples, 4 to 9 times as fast as `shifted` for the kernel's gradient.
 
-`benchmarks/ops.py` measures them. The last two have gradients of their own, so no forward-mode
+- `streamed`: kernels for NVIDIA's Hopper GPUs (`depthwise_conv_hopper.py`): on an H100 two to four
+  times as fast as cuDNN, where that has no bad luck in its search for an algorithm. Elsewhere, and
+  in f64, it is `plain`.
+
+`benchmarks/ops.py` measures them. The last three have gradients of their own, so no forward-mode
 differentiation.
 """
 
@@ -28,16 +32,20 @@ import numpy as np
 from jax import lax
 
 from convnext_jax.errors import InputError
+from convnext_jax.ops import hopper
 
-Implementation = Literal["plain", "shifted", "toeplitz"]
+Implementation = Literal["plain", "shifted", "toeplitz", "streamed"]
+Choice = tuple[tuple[str, Implementation], ...]  # an implementation for each platform
 
 
 def depthwise_conv(
     x: jax.Array,
     kernel: jax.Array,
+    bias: jax.Array | None = None,
     *,
     implementation: Implementation | None = None,
     precision: lax.PrecisionLike = None,
+    is_mapped: bool = False,
 ) -> jax.Array:
     """Convolves each channel of `x` with its own kernel (cross-correlation, as in every framework).
 
@@ -45,10 +53,14 @@ def depthwise_conv(
       x: (batch, height, width, channels), f64, f32, bf16 or f16, which the result keeps; products
         are summed in at least f32.
       kernel: (kernel height, kernel width, 1, channels), both sides odd, the dtype of `x`.
-      implementation: "plain", "shifted" or "toeplitz"; None takes the fastest for the shape and the
-        platform that the program runs on. Give "plain" for forward-mode derivatives and Hessians.
+      bias: (channels,), added to the result, the dtype of `x`; None for 0.
+      implementation: "plain", "shifted", "toeplitz" or "streamed"; None takes the fastest for the
+        shape and the platform that the program runs on. Give "plain" for forward-mode derivatives
+        and Hessians.
       precision: of the products, as in `jax.lax.conv_general_dilated`. "shifted" multiplies
-        elementwise and has no use for it.
+        elementwise, and "streamed" in f32: they have no use for it.
+      is_mapped: whether this is within `jax.pmap` or `jax.shard_map`, so that `x` lies on one
+        device. Of several devices, None takes "streamed" there alone: XLA cannot split a kernel.
 
     Returns:
       (batch, height, width, channels).
@@ -60,59 +72,80 @@ def depthwise_conv(
             f"not {kernel.shape}"
         )
     if implementation == "plain":
-        return _plain(x, kernel, precision)
+        return _with_bias(_plain)(x, kernel, bias, precision)
     if implementation is None:
-        return _convolve(x, kernel, _fastest(x.shape), precision)
+        return _convolve(x, kernel, bias, _fastest(x, is_mapped), precision)
+    if implementation == "streamed" and _is_streamable(x):
+        return _convolve(x, kernel, bias, _STREAMED, precision)
     if implementation in _FORMS:
-        return _convolve(x, kernel, (("default", implementation),), precision)
+        form = "plain" if implementation == "streamed" else implementation
+        return _convolve(x, kernel, bias, (("default", form),), precision)
     raise InputError(
-        f"implementation is {implementation!r}: choose 'plain', 'shifted', 'toeplitz' or None"
+        f"implementation is {implementation!r}: choose 'plain', 'shifted', 'toeplitz', 'streamed' "
+        "or None"
     )
 
 
-def _fastest(shape: tuple[int, ...]) -> tuple[tuple[str, Implementation], ...]:
-    """The implementation for each platform."""
-    if not all(isinstance(side, int) for side in shape[:3]):  # of any size, in `jax.export`
+def _fastest(x: jax.Array, is_mapped: bool) -> Choice:
+    if not all(isinstance(side, int) for side in x.shape[:3]):  # of any size, in `jax.export`
         return ("cpu", "shifted"), ("default", "plain")
-    batch, positions = shape[0], shape[1] * shape[2]
+    batch, positions = x.shape[0], x.shape[1] * x.shape[2]
     # The matrix costs the same for any batch.
     cpu = "toeplitz" if batch >= 32 and positions <= 8 * 8 else "shifted"
     cuda = "toeplitz" if batch >= 16 and positions <= 8 * 8 else "plain"
+    if _is_streamable(x) and hopper.is_usable(is_mapped):
+        cuda = "streamed"
     return ("cpu", cpu), ("cuda", cuda), ("default", "plain")
+
+
+def _is_streamable(x: jax.Array) -> bool:
+    """Sums in f32 are enough, and positions are numbers of 30 bits."""
+    return jnp.dtype(x.dtype).itemsize <= 4 and 0 < x.size < 2**30
 
 
 # The choice of platform lies inside the custom gradient, so that a branch not taken leaves nothing
 # behind in what is saved for the backward pass.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _convolve(
     x: jax.Array,
     kernel: jax.Array,
-    by_platform: tuple[tuple[str, Implementation], ...],
+    bias: jax.Array | None,
+    by_platform: Choice,
     precision: lax.PrecisionLike,
 ) -> jax.Array:
     forms = {
         platform: functools.partial(_FORMS[name].forward, precision=precision)
         for platform, name in by_platform
     }
-    return lax.platform_dependent(x, kernel, **forms)
+    return lax.platform_dependent(x, kernel, bias, **forms)
 
 
 def _convolve_backward(
-    by_platform: tuple[tuple[str, Implementation], ...],
+    by_platform: Choice,
     precision: lax.PrecisionLike,
-    saved: tuple[jax.Array, jax.Array],
+    saved: tuple[jax.Array, jax.Array, jax.Array | None],
     g: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     forms = {
         platform: functools.partial(_FORMS[name].gradients, precision=precision)
         for platform, name in by_platform
     }
-    return lax.platform_dependent(*saved, g, **forms)
+    x, kernel, bias = saved
+    of_bias = None if bias is None else g.sum((0, 1, 2))
+    return *lax.platform_dependent(x, kernel, g, **forms), of_bias
 
 
-_convolve.defvjp(
-    lambda x, kernel, *options: (_convolve(x, kernel, *options), (x, kernel)), _convolve_backward
-)
+_convolve.defvjp(lambda *inputs: (_convolve(*inputs), inputs[:3]), _convolve_backward)
+
+
+def _with_bias(forward: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    def biased(
+        x: jax.Array, kernel: jax.Array, bias: jax.Array | None, precision: lax.PrecisionLike
+    ) -> jax.Array:
+        y = forward(x, kernel, precision)
+        return y if bias is None else y + bias
+
+    return biased
 
 
 # Plain --------------------------------------------------------------------------------------------
@@ -156,7 +189,7 @@ def _shifted_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     height, width = x.shape[1:3]
     # The input's gradient is the same operation with the kernel turned by half a turn.
-    x_gradient = _convolve(g, kernel[::-1, ::-1], (("default", "shifted"),), precision)
+    x_gradient = _convolve(g, kernel[::-1, ::-1], None, (("default", "shifted"),), precision)
 
     sum_dtype = jnp.promote_types(x.dtype, jnp.float32)
     padded, g = _pad(x, kernel).astype(sum_dtype), g.astype(sum_dtype)
@@ -238,13 +271,50 @@ def _places(
     )
 
 
+# Streamed -----------------------------------------------------------------------------------------
+
+
+def _streamed(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, precision: lax.PrecisionLike
+) -> jax.Array:
+    from convnext_jax.ops import depthwise_conv_hopper as kernels
+
+    return kernels.forward(x, kernel, bias)
+
+
+def _streamed_gradients(
+    x: jax.Array, kernel: jax.Array, g: jax.Array, precision: lax.PrecisionLike
+) -> tuple[jax.Array, jax.Array]:
+    # Both by functions that have gradients again.
+    x_gradient = _convolve(g, kernel[::-1, ::-1], None, _STREAMED, precision)
+    return x_gradient, _streamed_kernel_gradient(x, g, kernel.shape[:2])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _streamed_kernel_gradient(x: jax.Array, g: jax.Array, sides: tuple[int, int]) -> jax.Array:
+    from convnext_jax.ops import depthwise_conv_hopper as kernels
+
+    return kernels.kernel_gradient(x, g, sides)
+
+
+_streamed_kernel_gradient.defvjp(
+    lambda x, g, sides: (_streamed_kernel_gradient(x, g, sides), (x, g)),
+    lambda sides, saved, cotangent: (
+        _convolve(saved[1], cotangent[::-1, ::-1], None, _STREAMED, None),
+        _convolve(saved[0], cotangent, None, _STREAMED, None),
+    ),
+)
+
+
 class _Form(NamedTuple):
-    forward: Callable[..., jax.Array]  # of x, kernel, precision
+    forward: Callable[..., jax.Array]  # of x, kernel, bias, precision
     gradients: Callable[..., tuple[jax.Array, jax.Array]]  # of x, kernel, g, precision
 
 
 _FORMS = {
-    "plain": _Form(_plain, _plain_gradients),
-    "shifted": _Form(_shifted, _shifted_gradients),
-    "toeplitz": _Form(_toeplitz, _toeplitz_gradients),
+    "plain": _Form(_with_bias(_plain), _plain_gradients),
+    "shifted": _Form(_with_bias(_shifted), _shifted_gradients),
+    "toeplitz": _Form(_with_bias(_toeplitz), _toeplitz_gradients),
+    "streamed": _Form(_streamed, _streamed_gradients),
 }
+_STREAMED = ("cuda", "streamed"), ("default", "plain")

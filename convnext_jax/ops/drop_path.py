@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
 def drop_path(x: jax.Array, rate: float, key: jax.Array, axis_name: str | None = None) -> jax.Array:
@@ -19,10 +20,16 @@ def drop_path(x: jax.Array, rate: float, key: jax.Array, axis_name: str | None =
         The mask is then drawn for the whole batch and each device takes its part, so that the
         result does not depend on the number of devices.
     """
-    local = x.shape[0]
+    gain = drop_path_gain(x.shape[0], rate, key, axis_name, x.dtype)
+    return x * gain.reshape((x.shape[0],) + (1,) * (x.ndim - 1))
+
+
+def drop_path_gain(
+    local: int, rate: float, key: jax.Array, axis_name: str | None, dtype: DTypeLike
+) -> jax.Array:
+    """What `drop_path` multiplies the `local` samples of this device with; (local,)."""
     keep = own_part(lambda n: jax.random.bernoulli(key, 1.0 - rate, (n,)), local, axis_name)
-    scale = jnp.where(keep, jnp.asarray(1.0 / (1.0 - rate), x.dtype), jnp.asarray(0, x.dtype))
-    return x * scale.reshape((local,) + (1,) * (x.ndim - 1))
+    return jnp.where(keep, jnp.asarray(1.0 / (1.0 - rate), dtype), jnp.asarray(0, dtype))
 
 
 def own_part(draw: Callable[[int], jax.Array], local: int, axis_name: str | None) -> jax.Array:

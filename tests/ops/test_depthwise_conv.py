@@ -1,5 +1,8 @@
 """Every implementation against the definition, written out in numpy in f64."""
 
+import functools
+import importlib
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -8,8 +11,12 @@ import pytest
 
 from convnext_jax import InputError
 from convnext_jax.ops import depthwise_conv
+from convnext_jax.ops import depthwise_conv_hopper as kernels
 
-IMPLEMENTATIONS = ["plain", "shifted", "toeplitz", None]
+# The package's name for the function hides that of the module.
+module = importlib.import_module("convnext_jax.ops.depthwise_conv")
+
+IMPLEMENTATIONS = ["plain", "shifted", "toeplitz", "streamed", None]
 SHAPES = [
     ((2, 9, 8, 3), (7, 7)),
     ((1, 2, 3, 4), (7, 7)),  # maps smaller than the kernel
@@ -197,3 +204,59 @@ def test_a_batch_of_any_size_is_exported():
     exported = jax.export.export(jax.jit(depthwise_conv))(*shapes)
     x, kernel, _ = random_arrays((40, 8, 8, 4), (7, 7), np.float32)
     np.testing.assert_allclose(exported.call(x, kernel), definition(x, kernel), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bias(implementation, x64):
+    x, kernel, g = random_arrays((2, 5, 6, 4), (3, 3))
+    bias = np.arange(4.0)
+    y, pull = jax.vjp(
+        lambda *a: depthwise_conv(*a, implementation=implementation), x, kernel, bias
+    )  # fmt: skip
+    np.testing.assert_allclose(y, definition(x, kernel) + bias, rtol=0, atol=1e-12)
+    expected = (*gradients_by_definition(x, kernel, g), g.sum((0, 1, 2)))
+    for got, value in zip(pull(g), expected, strict=True):
+        np.testing.assert_allclose(got, value, rtol=0, atol=1e-12)
+
+
+# Tiles of the whole height and of less, of the whole width and of less, and that do not fill a map.
+@pytest.mark.parametrize(
+    ("shape", "sides", "blocks"),
+    [(shape, sides, None) for shape, sides in SHAPES]
+    + [
+        ((2, 13, 9, 40), (7, 7), kernels.Blocks(5, 4, slots=7)),
+        ((2, 14, 28, 32), (7, 7), kernels.Blocks(14, 14, unroll=2, slots=3)),
+        ((1, 8, 16, 24), (5, 3), kernels.Blocks(4, 8, warps=2, unroll=4, slots=2)),
+        ((3, 7, 7, 16), (7, 7), kernels.Blocks(7, 7, per_thread=2)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kernels(shape, sides, blocks, dtype):
+    x, kernel, g = random_arrays(shape, sides, dtype)
+    bias = np.arange(shape[-1]).astype(dtype)
+    how = {"blocks": blocks, "interpret": True}
+    y = kernels.forward(x, kernel, bias, **how)
+    gradient = kernels.kernel_gradient(x, g, sides, **how)
+    assert y.dtype == gradient.dtype == dtype
+    x, kernel, g, bias = (np.asarray(a, np.float64) for a in (x, kernel, g, bias))
+    taps = taps_of(x, sides)
+    # Of sums as long as these; half a unit in the last place more for what is rounded to bf16.
+    last = float(jnp.finfo(dtype).eps) / 2 if dtype == jnp.bfloat16 else 0
+    for got, value, size in (
+        (y, definition(x, kernel) + bias, np.abs(definition(np.abs(x), np.abs(kernel))) + bias),
+        (gradient, gradients_by_definition(x, kernel, g)[1],
+         np.einsum("ijnhwc,nhwc->ijc", np.abs(taps), np.abs(g))[:, :, None]),
+    ):  # fmt: skip
+        error = np.abs(np.asarray(got, np.float64) - value)
+        assert (error <= 2e-6 * size + 1.01 * last * np.abs(value)).all()
+
+
+def test_gradients_of_the_kernels_gradient(monkeypatch):
+    x, kernel, g = random_arrays((2, 5, 6, 4), (3, 3), np.float32)
+    interpreted = functools.partial(kernels.kernel_gradient, interpret=True)
+    monkeypatch.setattr(kernels, "kernel_gradient", interpreted)
+    cotangent = kernel + 1
+    ours = jax.vjp(lambda x, g: module._streamed_kernel_gradient(x, g, (3, 3)), x, g)[1](cotangent)
+    plain = jax.vjp(lambda x, g: module._plain_gradients(x, kernel, g, None)[1], x, g)[1](cotangent)
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,209 @@
+"""LayerNorm, MLP, layer scale, drop path and residual as one operation: both implementations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erf
+
+from convnext_jax import ConvNextConfig, modeling, ops
+from convnext_jax.errors import InputError
+from convnext_jax.ops import hopper
+from convnext_jax.ops import norm_mlp_hopper as kernels
+from convnext_jax.ops.norm_mlp import NormMlpWeights
+
+EPSILON = 1e-6
+BLOCK = ConvNextConfig(hidden_sizes=(32,), depths=(2,), num_stages=1, drop_path_rate=0.5)
+
+
+def numbers(shape, deviation=1.0, seed=0):
+    seed = [seed, *shape]
+    return np.random.default_rng(seed).standard_normal(shape) * deviation
+
+
+def weights_of(width: int) -> NormMlpWeights:
+    """f64, but as they are in bf16."""
+    shapes = [(width,)] * 2 + [(width, 4 * width), (4 * width,), (4 * width, width)]
+    shapes += [(width,)] * 2
+    deviations = (0.1, 0.1, 0.2, 0.1, 0.1, 0.1, 0.5)
+    values = [numbers(s, d, i) for i, (s, d) in enumerate(zip(shapes, deviations, strict=True))]
+    values[0] += 1
+    return NormMlpWeights(*(np.asarray(jnp.asarray(v, jnp.bfloat16), np.float64) for v in values))
+
+
+def of_definition(x, shortcut, weights, gain):
+    """In f64, by numpy."""
+    x, shortcut = np.asarray(x, np.float64), np.asarray(shortcut, np.float64)
+    normal = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + EPSILON)
+    h = (normal * weights.norm_scale + weights.norm_bias) @ weights.w1 + weights.b1
+    y = (h * (1 + erf(h / np.sqrt(2))) / 2) @ weights.w2 + weights.b2
+    return shortcut + np.asarray(gain)[:, None, None, None] * weights.scale * y
+
+
+def error(x, expected):
+    x, expected = np.asarray(x, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(x - expected) / np.linalg.norm(expected)
+
+
+def test_plain_is_the_definition():
+    x, shortcut, g = (numbers((2, 3, 5, 24), seed=i) for i in range(3))
+    weights, gain = weights_of(24), np.array([0.0, 1.25])
+    with jax.enable_x64(True):
+        y, gradients = jax.vjp(
+            lambda x, shortcut, weights: ops.norm_mlp(
+                x, shortcut, weights, jnp.asarray(gain), epsilon=EPSILON, implementation="plain"
+            ),
+            jnp.asarray(x), jnp.asarray(shortcut), jax.tree.map(jnp.asarray, weights),
+        )  # fmt: skip
+        gradients = gradients(jnp.asarray(g))
+    np.testing.assert_allclose(y, of_definition(x, shortcut, weights, gain), rtol=1e-12, atol=1e-12)
+    step = 1e-6
+    for gradient, direction, moved in (
+        (gradients[0], d := numbers(x.shape, seed=9),
+         lambda t: of_definition(x + t * d, shortcut, weights, gain)),
+        (gradients[1], e := numbers(x.shape, seed=8),
+         lambda t: of_definition(x, shortcut + t * e, weights, gain)),
+        (gradients[2].w1, f := numbers(weights.w1.shape, seed=7),
+         lambda t: of_definition(x, shortcut, weights._replace(w1=weights.w1 + t * f), gain)),
+        (gradients[2].scale, h := numbers(weights.scale.shape, seed=6),
+         lambda t: of_definition(x, shortcut, weights._replace(scale=weights.scale + t * h), gain)),
+    ):  # fmt: skip
+        slope = ((moved(step) - moved(-step)) * g).sum() / (2 * step)
+        np.testing.assert_allclose((np.asarray(gradient) * direction).sum(), slope, rtol=1e-7)
+
+
+# Widths that are cut into several parts; rows that do not fill the last block, and that do.
+@pytest.mark.parametrize(("width", "sides"), [(96, (5, 9)), (48, (16, 8)), (64, (3, 1))])
+def test_kernels_err_less_than_plain_arithmetic(width, sides):
+    shape = (2, *sides, width)
+    weights, gain = weights_of(width), np.array([0.5, 1.25])
+    half = [jnp.asarray(numbers(shape, seed=i), jnp.bfloat16) for i in range(3)]
+    x, shortcut, g = half
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(v, np.float64)) for v in half]
+
+        def plain(x, shortcut, weights):
+            return ops.norm_mlp(
+                x, shortcut, weights, gain.astype(x.dtype), epsilon=EPSILON, implementation="plain"
+            )
+
+        weights = jax.tree.map(jnp.asarray, weights)
+        expected, gradients = jax.vjp(plain, *wide[:2], weights)
+        expected_gradients = gradients(wide[2])
+        narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
+        theirs, gradients = jax.vjp(plain, x, shortcut, narrow)
+        their_gradients = gradients(g)
+    narrow = [jnp.asarray(w, jnp.bfloat16) for w in weights]
+    rows = [v.reshape(-1, width) for v in half]
+    by_row = jnp.repeat(jnp.asarray(gain, jnp.float32), sides[0] * sides[1])
+    ours = kernels.forward(*rows[:2], *narrow, by_row, epsilon=EPSILON, interpret=True)
+    assert ours.dtype == jnp.bfloat16
+    assert error(ours.reshape(shape), expected) < 1.02 * error(theirs, expected) < 5e-3
+    scaled = (rows[2] * by_row[:, None]).astype(jnp.bfloat16)
+    dx, *of_weights = kernels.backward(
+        rows[0], scaled, *narrow, epsilon=EPSILON, interpret=True,
+        tiles=kernels.backward_tiles((0, width)),
+    )  # fmt: skip
+    names = ("x", *NormMlpWeights._fields)
+    expected_gradients = (expected_gradients[0], *expected_gradients[2])
+    their_gradients = (their_gradients[0], *their_gradients[2])
+    for name, mine, theirs, best in zip(
+        names, (dx.reshape(shape), *of_weights), their_gradients, expected_gradients, strict=True
+    ):
+        assert error(mine, best) < max(1.1 * error(theirs, best), 4e-3), name
+
+
+def test_no_rows_are_read_or_written_that_are_not_there():
+    """What stands in a block beyond the last row does not reach any sum."""
+    width = 32
+    weights = [jnp.asarray(w, jnp.bfloat16) for w in weights_of(width)]
+    x, g = (jnp.asarray(numbers((200, width), seed=i), jnp.bfloat16) for i in range(2))
+    few = kernels.backward(x[:129], g[:129], *weights, epsilon=EPSILON, interpret=True)
+    all_rows = kernels.backward(
+        x, g.at[129:].set(0), *weights, epsilon=EPSILON, interpret=True
+    )  # fmt: skip
+    for a, b in zip(few[1:], all_rows[1:], strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.02)
+
+
+def test_fused_on_another_platform_is_the_plain_one():
+    x, shortcut = (jnp.asarray(numbers((2, 3, 5, 32), seed=i), jnp.bfloat16) for i in range(2))
+    weights = NormMlpWeights(*(jnp.asarray(w, jnp.float32) for w in weights_of(32)))
+    gain = jnp.asarray([0.0, 1.25])
+
+    def loss(x, shortcut, weights, implementation):
+        y = ops.norm_mlp(x, shortcut, weights, gain, epsilon=EPSILON, implementation=implementation)
+        return jnp.square(y.astype(jnp.float32)).sum()
+
+    plain, fused = (
+        jax.jit(jax.value_and_grad(loss, (0, 1, 2)), static_argnums=3)(x, shortcut, weights, name)
+        for name in ("plain", "fused")
+    )
+    jax.tree.map(np.testing.assert_array_equal, fused, plain)
+    with pytest.raises(InputError, match="'plain' or 'fused'"):
+        loss(x, shortcut, weights, "best")
+
+
+def test_no_kernels_without_their_devices():
+    if jax.default_backend() == "gpu":
+        pytest.skip("this has a GPU")
+    assert not hopper.is_usable(is_mapped=True)
+    how = {"with_gradient": True, "is_mapped": True}
+    assert not ops.is_fused_faster((256, 56, 56, 96), jnp.bfloat16, **how)
+
+
+@pytest.mark.parametrize(
+    ("shape", "with_gradient", "faster"),
+    [
+        ((802816, 96), True, True),
+        ((200704, 192), True, True),
+        ((100352, 256), False, True),
+        ((100352, 256), True, False),  # its backward pass is slower
+        ((50176, 384), False, False),
+        ((3136, 96), False, False),
+        ((802816, 40), False, False),  # not a multiple of 16
+    ],
+)
+def test_where_the_kernels_are_faster(shape, with_gradient, faster):
+    assert kernels.is_faster(shape, with_gradient) is faster
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("scan", [False, True])
+def test_block_is_the_same_by_either_way(train, scan, monkeypatch):
+    model = modeling.ConvNextModel(BLOCK, data_format="channels_last", scan=scan)
+    pictures = jnp.asarray(numbers((4, 32, 32, 3)), jnp.float32)
+    variables = model.init_variables(jax.random.key(0))
+    variables = jax.tree.map(lambda p: p + 0.2 * jnp.asarray(numbers(p.shape), p.dtype), variables)
+
+    def loss(variables):
+        rngs = {"drop_path": jax.random.key(1)} if train else None
+        out = model.apply(variables, pictures, train=train, rngs=rngs).last_hidden_state
+        return jnp.square(out).mean(), out
+
+    run = jax.value_and_grad(loss, has_aux=True)
+    (_, by_parts), gradients = run(variables)
+    asked = []
+    monkeypatch.setattr(ops, "is_fused_faster", lambda *args, **how: asked.append(how) or True)
+    (_, at_once), gradients_at_once = run(variables)
+    assert asked
+    assert all(how == {"with_gradient": train, "is_mapped": False} for how in asked)
+    np.testing.assert_allclose(at_once, by_parts, rtol=1e-4, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradients_at_once), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"implementation": "plain"}, {"precision": "highest"}, {"hidden_act": "relu"},
+     {"layer_scale_init_value": 0.0}, {"model_type": "convnextv2"}],
+)  # fmt: skip
+def test_block_in_parts_where_it_is_not_the_same_operation(change, monkeypatch):
+    monkeypatch.setattr(ops, "is_fused_faster", lambda *args, **how: True)
+    monkeypatch.setattr(ops, "norm_mlp", None)  # would fail
+    fields = {k: v for k, v in change.items() if k in ("implementation", "precision")}
+    config = BLOCK.to_dict() | {k: v for k, v in change.items() if k not in fields}
+    config.pop("drop_path_rate")
+    model = modeling.ConvNextModel(ConvNextConfig.from_dict(config), **fields)
+    variables = model.init_variables(jax.random.key(0))
+    model.apply(variables, jnp.zeros((1, 3, 32, 32)))
