@@ -117,6 +117,8 @@ def main(argv: list[str]) -> int:
             "train.py: stopped; the same command continues from the last checkpoint, if any",
             file=sys.stderr,
         )
+        if parallel.is_shared():
+            _leave(130)
         return 130
     except Exception:
         if not parallel.is_shared():

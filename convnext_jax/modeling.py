@@ -113,13 +113,34 @@ class ConvNextModule(nn.Module):
     def _norm(
         self, name: str, epsilon: float | None = None, dtype: DTypeLike | None = None
     ) -> nn.Module:
-        # The two-pass variance: E[x²] - E[x]² cancels, and with the final norm's epsilon of 1e-12
-        # nothing covers what is left.
-        return nn.LayerNorm(
-            epsilon=self._epsilon if epsilon is None else epsilon, use_fast_variance=False,
+        return LayerNorm(
+            epsilon=self._epsilon if epsilon is None else epsilon,
             dtype=dtype or self.dtype,
-            param_dtype=self.param_dtype, name=name,
-        )  # fmt: skip
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+
+class LayerNorm(nn.Module):
+    """Normalizes each position over its channels; (..., C) to the same.
+
+    Attributes:
+      epsilon: what is added to the variance.
+      dtype: of the result; None for the promoted dtype of input and parameters.
+      param_dtype: of the parameters when they are initialised.
+    """
+
+    epsilon: float
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        dtype = self.dtype or jnp.result_type(x, scale, bias)
+        return ops.layer_norm(x, scale, bias, self.epsilon).astype(dtype)
 
 
 class DepthwiseConv(ConvNextModule):
@@ -220,7 +241,7 @@ class ConvNextLayer(ConvNextModule):
         if drops and key is None:
             key = self.drop_path_key()
         y = checkpoint_name(DepthwiseConv(**self.shared, name="dwconv")(x), "conv")
-        if self._is_fused(y, train):
+        if self._is_fused(x, y, train):
             gain = None
             if drops:
                 gain = ops.drop_path_gain(len(x), rate, key, self.axis_name, jnp.float32)
@@ -248,23 +269,23 @@ class ConvNextLayer(ConvNextModule):
         return config.layer_scale_init_value > 0 or config.model_type == "dinov3_convnext"
 
     @nn.nowrap
-    def _is_fused(self, y: jax.Array, train: bool) -> bool:
-        """Whether all that follows the convolution runs as one operation."""
+    def _is_fused(self, x: jax.Array, y: jax.Array, train: bool) -> bool:
+        """Whether all that follows the convolution, from `x` to `y`, runs as one operation."""
         return (
             not self.is_initializing()
+            and not self.is_mutable_collection("intermediates")  # which would miss the parts
             and self.implementation is None
             and self.precision is None
             and self._has_scale
             and self.config.model_type != "convnextv2"
             and self.config.hidden_act in ("gelu", "gelu_python")
-            and ops.is_fused_faster(
-                y.shape, y.dtype, with_gradient=train, is_mapped=self.axis_name is not None
-            )
+            and ops.is_fused_faster(y, with_gradient=train, is_mapped=self.axis_name is not None)
+            and (self.dtype or jnp.result_type(x, *self._weights())) == x.dtype == y.dtype
         )
 
     @nn.nowrap
     def _weights(self) -> ops.NormMlpWeights:
-        params = self.variables["params"]
+        params = nn.meta.unbox(self.variables["params"])
         norm, first, second = (params[name] for name in ("layernorm", "pwconv1", "pwconv2"))
         return ops.NormMlpWeights(
             norm["scale"], norm["bias"], first["kernel"], first["bias"], second["kernel"],

@@ -547,7 +547,9 @@ def block_outputs(model, variables, train, key, pictures):
             x,
             train=train,
             rngs={"drop_path": key},
-            capture_intermediates=lambda m, _: isinstance(m, nn.LayerNorm | modeling.ConvNextLayer),
+            capture_intermediates=lambda m, _: isinstance(
+                m, modeling.LayerNorm | modeling.ConvNextLayer
+            ),
             mutable="intermediates",
         )
     )(variables, pictures)

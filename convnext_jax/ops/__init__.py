@@ -3,6 +3,7 @@
 from convnext_jax.ops.activations import ACTIVATIONS, activation
 from convnext_jax.ops.depthwise_conv import depthwise_conv
 from convnext_jax.ops.drop_path import drop_path, drop_path_gain, own_part
+from convnext_jax.ops.layer_norm import layer_norm
 from convnext_jax.ops.norm_mlp import NormMlpWeights, is_fused_faster, norm_mlp
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "drop_path",
     "drop_path_gain",
     "is_fused_faster",
+    "layer_norm",
     "norm_mlp",
     "own_part",
 ]

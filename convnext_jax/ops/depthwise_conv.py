@@ -87,20 +87,25 @@ def depthwise_conv(
 
 
 def _fastest(x: jax.Array, is_mapped: bool) -> Choice:
-    if not all(isinstance(side, int) for side in x.shape[:3]):  # of any size, in `jax.export`
+    if not _is_known(x):
         return ("cpu", "shifted"), ("default", "plain")
     batch, positions = x.shape[0], x.shape[1] * x.shape[2]
     # The matrix costs the same for any batch.
     cpu = "toeplitz" if batch >= 32 and positions <= 8 * 8 else "shifted"
     cuda = "toeplitz" if batch >= 16 and positions <= 8 * 8 else "plain"
-    if _is_streamable(x) and hopper.is_usable(is_mapped):
+    if _is_streamable(x) and hopper.is_usable(x, is_mapped):
         cuda = "streamed"
     return ("cpu", cpu), ("cuda", cuda), ("default", "plain")
 
 
 def _is_streamable(x: jax.Array) -> bool:
     """Sums in f32 are enough, and positions are numbers of 30 bits."""
-    return jnp.dtype(x.dtype).itemsize <= 4 and 0 < x.size < 2**30
+    return jnp.dtype(x.dtype).itemsize <= 4 and _is_known(x) and 0 < x.size < 2**30
+
+
+def _is_known(x: jax.Array) -> bool:
+    """Whether its size is; in `jax.export` it may be any."""
+    return all(isinstance(side, int) for side in x.shape)
 
 
 # The choice of platform lies inside the custom gradient, so that a branch not taken leaves nothing

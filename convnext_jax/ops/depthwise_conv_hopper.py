@@ -61,11 +61,6 @@ def kernel_gradient(
     return _kernel_gradient(x, g, tuple(sides), blocks, interpret)
 
 
-def supported(shape) -> bool:
-    """Whether offsets fit (see `_Tile`). Each such shape measured in bf16 beats XLA."""
-    return 0 < math.prod(shape) < 1 << 30
-
-
 # Sizes of blocks ----------------------------------------------------------------------------------
 
 
@@ -133,9 +128,6 @@ class _Tiling(NamedTuple):
 
 def _tiling(shape, blocks, sides):
     tiling = _Tiling(shape, min(blocks.rows, shape[1]), min(blocks.columns, shape[2]), sides)
-    assert tiling.across == 1 or tiling.columns >= sides[1] // 2, (shape, blocks, sides)
-    assert all(side % 2 for side in sides), sides
-    assert supported(shape), shape
     return tiling
 
 

@@ -27,7 +27,11 @@ def drop_path(x: jax.Array, rate: float, key: jax.Array, axis_name: str | None =
 def drop_path_gain(
     local: int, rate: float, key: jax.Array, axis_name: str | None, dtype: DTypeLike
 ) -> jax.Array:
-    """What `drop_path` multiplies the `local` samples of this device with; (local,)."""
+    """What `drop_path` multiplies the samples of this device with: (local,), of `dtype`.
+
+    Args:
+      local: samples of the batch on this device; the others as `drop_path` has them.
+    """
     keep = own_part(lambda n: jax.random.bernoulli(key, 1.0 - rate, (n,)), local, axis_name)
     return jnp.where(keep, jnp.asarray(1.0 / (1.0 - rate), dtype), jnp.asarray(0, dtype))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -21,51 +23,65 @@ def in_32_bits(function: Callable) -> Callable:
     return wrapped
 
 
-def is_usable(is_mapped: bool) -> bool:
-    """Whether the kernels run on the devices of this process, and can be put into a program.
+def is_usable(x: jax.Array, is_mapped: bool) -> bool:
+    """Whether a kernel may take `x`, on the devices of this process and in the program at hand.
 
     Args:
-      is_mapped: whether they come into a `jax.pmap` or `jax.shard_map`. Elsewhere the program must
+      x: an array, or one that is traced.
+      is_mapped: whether this is within a `jax.pmap` or `jax.shard_map`. Elsewhere the program must
         be one of a single device, as XLA cannot split a kernel over several.
     """
-    return (is_mapped or jax.device_count() == 1) and _are_there()
+    # With `check_vma`, `jax.shard_map` wants to know more of a kernel than there is to know.
+    varying = getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", ())
+    return (is_mapped or jax.device_count() == 1) and not varying and _are_there()
 
 
 @functools.cache
 def _are_there() -> bool:
-    """Whether the devices are Hopper GPUs, and this jax compiles a kernel for them.
+    """Whether all devices are Hopper GPUs, and this jax compiles the kernels for them.
 
-    Tried once in a process; where it is not so on a GPU, the log says why, and the plain forms of
-    the operations serve.
+    Tried once in a process. On other GPUs, and where a version of jax no longer has what they are
+    written in (0.12 says that Pallas' way to Triton will go), the log says so, and the plain forms
+    of the operations serve.
     """
     if jax.default_backend() != "gpu":
         return False
-    device = jax.local_devices()[0]
-    try:
-        if int(float(device.compute_capability)) != 9:
-            raise ValueError(
-                f"they are for compute capability 9, this has {device.compute_capability}"
-            )
-        _try()
-    except Exception as error:  # whatever another version of jax may raise
-        reason = " ".join(str(error).split())[:200]
-        logging.getLogger(__name__).warning(
-            "%s runs ConvNeXt without its kernels (%s)", device.device_kind, reason
-        )
+    log = logging.getLogger(__name__)
+    kinds = {
+        (device.device_kind, str(getattr(device, "compute_capability", "?")))
+        for device in jax.devices()
+    }
+    if {capability.split(".")[0] for _, capability in kinds} != {"9"}:
+        names = ", ".join(sorted(kind for kind, _ in kinds))
+        log.info("ConvNeXt's kernels are for NVIDIA's Hopper GPUs: not used on %s", names)
         return False
+    try:
+        # In a thread of its own, which knows nothing of the transformation that asks.
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(_try).result()
+    except Exception as error:  # whatever another version of jax may raise
+        log.warning("ConvNeXt runs without its kernels (%s)", " ".join(str(error).split())[:200])
+        return False
+    warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
     return True
 
 
 def _try() -> None:
-    """Compiles a small kernel of each kind."""
+    """Lowers a small kernel of each kind, and compiles the shortest."""
     from convnext_jax.ops import depthwise_conv_hopper, norm_mlp_hopper
 
-    def arrays(*shapes: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
-        return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    def lower(function: Callable, *shapes: tuple[int, ...], **options: float) -> jax.stages.Lowered:
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+        return jax.jit(functools.partial(function, **options)).lower(*arrays)
 
     rows, width = 64, 32
-    mlp = functools.partial(norm_mlp_hopper.forward, epsilon=1e-6)
-    weights = [(width,)] * 2 + [(width, 4 * width), (4 * width,), (4 * width, width)]
-    jax.jit(mlp).lower(*arrays(*[(rows, width)] * 2, *weights, *[(width,)] * 2)).compile()
-    convolution = jax.jit(depthwise_conv_hopper.forward)
-    convolution.lower(*arrays((1, 8, 8, width), (7, 7, 1, width), (width,))).compile()
+    vector, matrix = (width,), (width, 4 * width)
+    weights = [vector, vector, matrix, (4 * width,), matrix[::-1], vector, vector]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for function in (norm_mlp_hopper.backward, norm_mlp_hopper.forward):
+            lowered = lower(function, (rows, width), (rows, width), *weights, epsilon=1e-6)
+        lowered.compile()
+        maps = (1, 8, 8, width)
+        lower(depthwise_conv_hopper.forward, maps, (7, 7, 1, width), vector)
+        lower(depthwise_conv_hopper.kernel_gradient, maps, maps)

@@ -4,7 +4,7 @@ One meaning, two implementations:
 
 - `plain`: JAX operations, differentiable in every mode and to every order.
 - `fused`: kernels that never write the hidden layer, four times as wide as the map, to memory; for
-  NVIDIA's Hopper GPUs, in half precision (`norm_mlp_hopper.py`). Nothing but the map that is
+  NVIDIA's Hopper GPUs, in bf16 (`norm_mlp_hopper.py`). Nothing but the map that is
   normalized is kept for the gradient.
 
 `benchmarks/ops.py` measures them.
@@ -13,6 +13,7 @@ One meaning, two implementations:
 from __future__ import annotations
 
 import functools
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from jax import lax
 from convnext_jax.errors import InputError
 from convnext_jax.ops.activations import activation
 from convnext_jax.ops.hopper import is_usable
+from convnext_jax.ops.layer_norm import layer_norm
 
 Implementation = Literal["plain", "fused"]
 
@@ -49,6 +51,8 @@ def norm_mlp(
 ) -> jax.Array:
     """`shortcut + gain * scale * (gelu(norm(x) @ w1 + b1) @ w2 + b2)`.
 
+    "fused" has a gradient of its own, so no forward-mode differentiation.
+
     Args:
       x: (N, H, W, C), what is normalized over C.
       shortcut: (N, H, W, C), the block's input, of the dtype of `x`.
@@ -56,11 +60,25 @@ def norm_mlp(
       gain: (N,), drop path's factor for each example, which has no gradient; None for 1.
       epsilon: of the norm.
       implementation: "plain", or "fused" where `is_fused_faster` says so; on other platforms than
-        its own it is the plain one, too.
+        its own, and for widths that are not its own, it is the plain one, too.
 
     Returns:
       (N, H, W, C), the dtype of `x`.
+
+    Raises:
+      InputError: weights that do not fit `x`.
     """
+    width = x.shape[-1]
+    shapes = dict.fromkeys(weights._fields, (width,))
+    shapes |= {"w1": (width, 4 * width), "b1": (4 * width,), "w2": (4 * width, width)}
+    for name, weight in weights._asdict().items():
+        if weight.shape != shapes[name]:
+            raise InputError(
+                f"{name} is {weight.shape}, and for maps of {width} channels {shapes[name]}"
+            )
+    if shortcut.dtype != x.dtype:
+        raise InputError(f"x is {x.dtype} and the shortcut {shortcut.dtype}: cast one of them")
+    gain = None if gain is None else lax.stop_gradient(gain)
     if implementation == "plain":
         return _plain(x, shortcut, weights, gain, epsilon)
     if implementation == "fused":
@@ -68,25 +86,20 @@ def norm_mlp(
     raise InputError(f"implementation is {implementation!r}: choose 'plain' or 'fused'")
 
 
-def is_fused_faster(
-    shape: tuple[int, ...], dtype: jnp.dtype, *, with_gradient: bool, is_mapped: bool
-) -> bool:
+def is_fused_faster(x: jax.Array, *, with_gradient: bool, is_mapped: bool) -> bool:
     """Whether "fused" is there, and the faster one, on the devices of this process.
 
     Args:
-      shape: (N, H, W, C) of `x`.
-      dtype: of `x`.
+      x: (N, H, W, C), what is normalized; may be traced.
       with_gradient: whether it will be differentiated.
       is_mapped: see `depthwise_conv`.
     """
+    is_known = all(isinstance(side, int) for side in x.shape)
+    if x.dtype != jnp.bfloat16 or not is_known or not is_usable(x, is_mapped):
+        return False
     from convnext_jax.ops import norm_mlp_hopper as kernels
 
-    return (
-        dtype == jnp.bfloat16
-        and all(isinstance(side, int) for side in shape)
-        and is_usable(is_mapped)
-        and kernels.is_faster((shape[0] * shape[1] * shape[2], shape[3]), with_gradient)
-    )
+    return kernels.is_faster(_rows_shape(x), with_gradient)
 
 
 def _plain(
@@ -96,10 +109,7 @@ def _plain(
     gain: jax.Array | None,
     epsilon: float,
 ) -> jax.Array:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = wide - wide.mean(-1, keepdims=True)
-    normal = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
-    y = (normal * weights.norm_scale + weights.norm_bias).astype(x.dtype)
+    y = layer_norm(x, weights.norm_scale, weights.norm_bias, epsilon).astype(x.dtype)
     y = y @ weights.w1.astype(x.dtype) + weights.b1.astype(x.dtype)
     y = activation("gelu")(y)
     w2, b2 = weights.w2 * weights.scale, weights.b2 * weights.scale
@@ -118,14 +128,15 @@ def _fused(
     gain: jax.Array | None,
     epsilon: float,
 ) -> jax.Array:
-    def fused(x, shortcut, weights, gain):
-        from convnext_jax.ops import norm_mlp_hopper as kernels
+    from convnext_jax.ops import norm_mlp_hopper as kernels
 
+    def fused(x, shortcut, weights, gain):
         rows = _rows(x), _rows(shortcut), *weights, _by_row(gain, x)
         return kernels.forward(*rows, epsilon=epsilon).reshape(x.shape)
 
     plain = functools.partial(_plain, epsilon=epsilon)
-    return lax.platform_dependent(x, shortcut, weights, gain, cuda=fused, default=plain)
+    forms = {"cuda": fused} if kernels.forward_tiles(_rows_shape(x)) else {}
+    return lax.platform_dependent(x, shortcut, weights, gain, **forms, default=plain)
 
 
 def _fused_forward(x, shortcut, weights, gain, epsilon):
@@ -146,13 +157,15 @@ def _fused_gradients(
     from convnext_jax.ops import norm_mlp_hopper as kernels
 
     def fused(x, weights, gain, g):
-        if gain is not None:
-            g *= gain.astype(g.dtype)[:, None, None, None]
+        if gain is not None:  # in f32, as the other direction has it
+            wide = gain.astype(jnp.float32)[:, None, None, None]
+            g = (g.astype(jnp.float32) * wide).astype(g.dtype)
         dx, *gradients = kernels.backward(_rows(x), _rows(g), *weights, epsilon=epsilon)
+        gradients = (d.astype(w.dtype) for d, w in zip(gradients, weights, strict=True))
         return dx.reshape(x.shape), NormMlpWeights(*gradients)
 
     plain = functools.partial(_plain_gradients, epsilon=epsilon)
-    forms = {"cuda": fused} if kernels.backward_tiles((x.size // x.shape[-1], x.shape[-1])) else {}
+    forms = {"cuda": fused} if kernels.backward_tiles(_rows_shape(x)) else {}
     return lax.platform_dependent(x, weights, gain, g, **forms, default=plain)
 
 
@@ -174,6 +187,10 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 def _rows(maps: jax.Array) -> jax.Array:
     return maps.reshape(-1, maps.shape[-1])
+
+
+def _rows_shape(maps: jax.Array) -> tuple[int, int]:
+    return math.prod(maps.shape[:-1]), maps.shape[-1]
 
 
 def _by_row(gain: jax.Array | None, maps: jax.Array) -> jax.Array | None:

@@ -130,6 +130,8 @@ def lower(
     check(config)
     plan = Plan(config, examples, len(devices))
     model, params = _network(config, classes)
+    if jax.default_backend() == "gpu" != devices[0].platform:  # which have not its kernels
+        model = model.clone(implementation="plain")
     optimizer, _ = run_optimizer(config, plan, params)
     layout = parallel.layout(config.parallelism, devices)
     by_device = NamedSharding(layout.mesh, PartitionSpec(AXIS))

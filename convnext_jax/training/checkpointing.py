@@ -68,7 +68,8 @@ def save(
       top1: of an evaluation of this state on val, if there was one.
 
     Raises:
-      OSError: it cannot be written; what was written is removed.
+      OSError: it cannot be begun; what was written is removed. Of several processes, the others
+        may be waiting for this one then, which should end.
     """
     run = {
         "config": json.loads(config.to_json_best_effort()),
@@ -175,12 +176,15 @@ class _Meetings:
         """Before a checkpoint of this step is saved."""
         self._step, self._is_begun = step, False
         self._to_come: tuple[str, ...] = ()
+        self._has_failed = False
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
         kind = key.partition(".")[0]
         if kind == self.OPEN:  # once before the writing, once when it is over
-            self.come_without_part()
-        self._client.wait_at_barrier(key, timeout_ms)
+            self._come_without_part()
+        if kind in self.KINDS and self._has_failed:
+            raise OSError("another part of it could not be written")
+        self._client.wait_at_barrier(f"{self._name}/{key}", timeout_ms)
         if kind == self.SHUT and not self._is_begun:
             self._is_begun, self._to_come = True, self.KINDS
         elif kind in self.KINDS:
@@ -189,13 +193,15 @@ class _Meetings:
                 self._to_come = ()
                 raise OSError("another process could not write its part")
 
-    def come_without_part(self) -> None:
+    def _come_without_part(self) -> None:
         """Goes where the others wait, if they do, and tells them; returns when all are there."""
         waiting, self._to_come = self._to_come[:1], ()
         for kind in waiting:
+            self._has_failed = True
             key = f"{kind}.{self._step}"
             self._client.key_value_set(f"{self._name}/failed/{key}/{jax.process_index()}", "")
-            self._client.wait_at_barrier(key, 1000 * ocp.AsyncOptions().timeout_secs)
+            timeout_ms = 1000 * ocp.AsyncOptions().timeout_secs
+            self._client.wait_at_barrier(f"{self._name}/{key}", timeout_ms)
 
 
 @contextlib.contextmanager
@@ -203,9 +209,6 @@ def _removing_what_failed(checkpoints: Checkpoints) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # orbax and tensorstore raise of every kind
-        with contextlib.suppress(Exception):
-            if checkpoints.meetings is not None:
-                checkpoints.meetings.come_without_part()
         # Its space may be what the next one needs. Some of its writers may still be at work.
         with contextlib.suppress(Exception):
             checkpoints.wait_until_finished()

@@ -213,7 +213,7 @@ def _train(
             top1 = evaluations.get("val_ema", evaluations["val"]).metrics["top1"]
         with _failed_save(config):
             checkpointing.look(checkpoints, wait=True)  # at the one before
-        with _failed_save(config):
+        with _failed_save(config, may_go_on=jax.process_count() == 1):
             checkpointing.save(checkpoints, layout.stored(state), batch.position, config, top1)
 
     def write_step(step: int, batch: _Batch, metrics: dict[str, jax.Array]) -> None:
@@ -274,6 +274,8 @@ def _train(
                 write_step(*pending)
                 pending = None
         except _NotFinite as error:
+            with contextlib.suppress(OSError):
+                checkpointing.look(checkpoints, wait=True)
             # The state is the one before that step, but for its count.
             state = layout.stored(state.replace(skipped=state.skipped - 1))
             kept = _keep_state(workdir, state, error.batch, config)
@@ -398,12 +400,12 @@ class _StopRequest:
 
 
 @contextlib.contextmanager
-def _failed_save(config: FrozenConfigDict) -> Iterator[None]:
+def _failed_save(config: FrozenConfigDict, *, may_go_on: bool = True) -> Iterator[None]:
     """What a checkpoint that could not be written means for the run."""
     try:
         yield
     except OSError as error:
-        if config.failed_save == "stop":
+        if config.failed_save == "stop" or not may_go_on:
             raise OSError(
                 f"{error}: the one before it is whole. Make room and start again, or give "
                 "--config.failed_save=continue"

@@ -95,9 +95,15 @@ class UnreadableExamples:
             return
         parallel.wait_for_all("all have listed")
         reasons = self._take_in_all()
-        parallel.wait_for_all("all have read")  # the same, as none has gone on to list more
-        for split, reason in reasons.items():
-            self._refuse_too_many_known(split, reason)
+        # A network's file system may show one process what it does not show another yet.
+        refusal: InputError | None = None
+        try:
+            for split, reason in reasons.items():
+                self._refuse_too_many_known(split, reason)
+        except InputError as error:
+            refusal = error
+        if parallel.agree(refusal is not None):
+            raise refusal or InputError("too many examples cannot be read: another process lists")
 
     def _take_in_all(self) -> dict[str, str]:
         """Knows of what is listed; the last reason for each split."""

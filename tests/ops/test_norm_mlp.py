@@ -1,5 +1,9 @@
 """LayerNorm, MLP, layer scale, drop path and residual as one operation: both implementations."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +17,7 @@ from convnext_jax.ops import norm_mlp_hopper as kernels
 from convnext_jax.ops.norm_mlp import NormMlpWeights
 
 EPSILON = 1e-6
+INTERPRET = jax.default_backend() != "gpu"  # there the kernels are compiled
 BLOCK = ConvNextConfig(hidden_sizes=(32,), depths=(2,), num_stages=1, drop_path_rate=0.5)
 
 
@@ -76,7 +81,7 @@ def test_plain_is_the_definition():
 @pytest.mark.parametrize(("width", "sides"), [(96, (5, 9)), (48, (16, 8)), (64, (3, 1))])
 def test_kernels_err_less_than_plain_arithmetic(width, sides):
     shape = (2, *sides, width)
-    weights, gain = weights_of(width), np.array([0.5, 1.25])
+    weights, gain = weights_of(width), np.array([0.5, 1 / 0.9])
     half = [jnp.asarray(numbers(shape, seed=i), jnp.bfloat16) for i in range(3)]
     x, shortcut, g = half
     with jax.enable_x64(True):
@@ -96,12 +101,12 @@ def test_kernels_err_less_than_plain_arithmetic(width, sides):
     narrow = [jnp.asarray(w, jnp.bfloat16) for w in weights]
     rows = [v.reshape(-1, width) for v in half]
     by_row = jnp.repeat(jnp.asarray(gain, jnp.float32), sides[0] * sides[1])
-    ours = kernels.forward(*rows[:2], *narrow, by_row, epsilon=EPSILON, interpret=True)
+    ours = kernels.forward(*rows[:2], *narrow, by_row, epsilon=EPSILON, interpret=INTERPRET)
     assert ours.dtype == jnp.bfloat16
     assert error(ours.reshape(shape), expected) < 1.02 * error(theirs, expected) < 5e-3
     scaled = (rows[2] * by_row[:, None]).astype(jnp.bfloat16)
     dx, *of_weights = kernels.backward(
-        rows[0], scaled, *narrow, epsilon=EPSILON, interpret=True,
+        rows[0], scaled, *narrow, epsilon=EPSILON, interpret=INTERPRET,
         tiles=kernels.backward_tiles((0, width)),
     )  # fmt: skip
     names = ("x", *NormMlpWeights._fields)
@@ -118,10 +123,11 @@ def test_no_rows_are_read_or_written_that_are_not_there():
     width = 32
     weights = [jnp.asarray(w, jnp.bfloat16) for w in weights_of(width)]
     x, g = (jnp.asarray(numbers((200, width), seed=i), jnp.bfloat16) for i in range(2))
-    few = kernels.backward(x[:129], g[:129], *weights, epsilon=EPSILON, interpret=True)
+    few = kernels.backward(x[:129], g[:129], *weights, epsilon=EPSILON, interpret=INTERPRET)
     all_rows = kernels.backward(
-        x, g.at[129:].set(0), *weights, epsilon=EPSILON, interpret=True
+        x, g.at[129:].set(0), *weights, epsilon=EPSILON, interpret=INTERPRET
     )  # fmt: skip
+    np.testing.assert_array_equal(few[0], all_rows[0][:129])
     for a, b in zip(few[1:], all_rows[1:], strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.02)
 
@@ -147,9 +153,9 @@ def test_fused_on_another_platform_is_the_plain_one():
 def test_no_kernels_without_their_devices():
     if jax.default_backend() == "gpu":
         pytest.skip("this has a GPU")
-    assert not hopper.is_usable(is_mapped=True)
-    how = {"with_gradient": True, "is_mapped": True}
-    assert not ops.is_fused_faster((256, 56, 56, 96), jnp.bfloat16, **how)
+    x = jax.ShapeDtypeStruct((256, 56, 56, 96), jnp.bfloat16)
+    assert not hopper.is_usable(x, is_mapped=True)
+    assert not ops.is_fused_faster(x, with_gradient=True, is_mapped=True)
 
 
 @pytest.mark.parametrize(
@@ -207,3 +213,117 @@ def test_block_in_parts_where_it_is_not_the_same_operation(change, monkeypatch):
     model = modeling.ConvNextModel(ConvNextConfig.from_dict(config), **fields)
     variables = model.init_variables(jax.random.key(0))
     model.apply(variables, jnp.zeros((1, 3, 32, 32)))
+
+
+def test_fused_has_second_derivatives():
+    x, weights = jnp.asarray(numbers((1, 2, 2, 16)), jnp.float32), weights_of(16)
+    weights = NormMlpWeights(*(jnp.asarray(w, jnp.float32) for w in weights))
+
+    def slope(x, weights, implementation):
+        def loss(x, weights):
+            y = ops.norm_mlp(x, x, weights, epsilon=EPSILON, implementation=implementation)
+            return jnp.square(y).sum()
+
+        return sum(jnp.square(g).sum() for g in jax.tree.leaves(jax.grad(loss, (0, 1))(x, weights)))
+
+    fused, plain = (jax.grad(slope, (0, 1))(x, weights, name) for name in ("fused", "plain"))
+    for a, b in zip(jax.tree.leaves(fused), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_widths_without_a_kernel_are_plain():
+    x = jnp.asarray(numbers((1, 2, 2, 24)), jnp.bfloat16)
+    weights = NormMlpWeights(*(jnp.asarray(w, jnp.float32) for w in weights_of(24)))
+    fused, plain = (
+        jax.jit(ops.norm_mlp, static_argnames=("epsilon", "implementation"))(
+            x, x, weights, epsilon=EPSILON, implementation=name
+        )
+        for name in ("fused", "plain")
+    )
+    np.testing.assert_array_equal(fused, plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"w1": (16, 48)}, r"w1 is \(16, 48\), and for maps of 16 channels \(16, 64\)"),
+     ({"scale": (1,)}, r"scale is \(1,\)")],
+)  # fmt: skip
+def test_weights_that_do_not_fit(change, message):
+    weights = weights_of(16)._replace(**{name: np.zeros(s) for name, s in change.items()})
+    x = jnp.zeros((1, 2, 2, 16))
+    with pytest.raises(InputError, match=message):
+        ops.norm_mlp(x, x, weights, epsilon=EPSILON, implementation="fused")
+    with pytest.raises(InputError, match="the shortcut bfloat16"):
+        ops.norm_mlp(x, x.astype(jnp.bfloat16), weights_of(16), epsilon=EPSILON,
+                     implementation="fused")  # fmt: skip
+
+
+def test_block_in_parts_for_what_looks_at_them(monkeypatch):
+    monkeypatch.setattr(ops, "is_fused_faster", lambda *args, **how: True)
+    model = modeling.ConvNextModel(BLOCK)
+    variables = model.init_variables(jax.random.key(0))
+    _, seen = model.apply(variables, jnp.zeros((1, 3, 32, 32)), capture_intermediates=True)
+    block = seen["intermediates"]["encoder"]["stages_0"]["layers_0"]
+    assert {"layernorm", "pwconv1", "pwconv2"} < block.keys()
+    # In mixed dtypes, whose result has another one in parts.
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), variables)
+    half["params"]["encoder"]["stages_0"]["layers_0"]["layer_scale_parameter"] = jnp.ones(32)
+    monkeypatch.setattr(ops, "norm_mlp", None)  # would fail
+    with pytest.raises(TypeError, match="NoneType"):  # of the other block
+        model.apply(half, jnp.zeros((1, 3, 32, 32), jnp.bfloat16))
+    half["params"]["encoder"]["stages_0"]["layers_1"]["layer_scale_parameter"] = jnp.ones(32)
+    model.apply(half, jnp.zeros((1, 3, 32, 32), jnp.bfloat16))
+
+
+class Device:
+    def __init__(self, capability):
+        self.device_kind, self.compute_capability = "a GPU", capability
+
+
+@pytest.mark.parametrize(
+    ("capability", "level", "message"),
+    [("8.0", "INFO", "not used on a GPU"), ("gfx942", "INFO", "not used on a GPU"),
+     ("9.0", "WARNING", "without its kernels (no such thing)")],
+)  # fmt: skip
+def test_log_says_why_there_are_no_kernels(capability, level, message, monkeypatch, caplog):
+    def fail():
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Device(capability)])
+    monkeypatch.setattr(hopper, "_try", fail)
+    with caplog.at_level("INFO"):
+        assert not hopper._are_there.__wrapped__()
+    assert [record.levelname for record in caplog.records] == [level]
+    assert message in caplog.text
+
+
+def test_kernels_of_each_kind_are_tried(monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        jax, "jit", lambda f: tried.append(f.func.__module__ + f.func.__name__) or jax_stub
+    )
+    hopper._try()
+    assert len(set(tried)) == 4
+
+
+class jax_stub:
+    """What `jax.jit` gives, of which nothing is compiled."""
+
+    lower = staticmethod(lambda *args: jax_stub)
+    compile = staticmethod(lambda: None)
+
+
+def test_models_run_where_kernels_cannot_even_be_imported():
+    program = """
+import sys
+sys.modules["jax.experimental.pallas"] = sys.modules["jax.experimental.pallas.triton"] = None
+import jax, jax.numpy as jnp
+from convnext_jax import ConvNextConfig, ConvNextModel
+model = ConvNextModel(ConvNextConfig(hidden_sizes=(8,), depths=(1,), num_stages=1))
+variables = model.init_variables(jax.random.key(0))
+half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), variables)
+jax.grad(lambda v: model.apply(v, jnp.ones((1, 3, 32, 32), jnp.bfloat16)).pooler_output.sum())(half)
+"""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)

@@ -245,17 +245,19 @@ def classifier_not_transposed(patch):
 def depthwise_kernels_turned(patch):
     right = modeling.ops.depthwise_conv
     patch.setattr(
-        modeling.ops, "depthwise_conv", lambda x, k, **options: right(x, k[::-1, ::-1], **options)
+        modeling.ops,
+        "depthwise_conv",
+        lambda x, k, *bias, **options: right(x, k[::-1, ::-1], *bias, **options),
     )
 
 
 def _change_epsilon(patch, old, new):
-    right = modeling.nn.LayerNorm
+    right = modeling.LayerNorm
 
     def changed(*, epsilon, **options):
         return right(epsilon=new if epsilon == old else epsilon, **options)
 
-    patch.setattr(modeling.nn, "LayerNorm", changed)
+    patch.setattr(modeling, "LayerNorm", changed)
 
 
 def _change_layout(patch, module, axes):
@@ -292,10 +294,10 @@ def test_a_mutation_is_seen(mutation, precision, monkeypatch, record_worst):
 
 def test_a_mutation_of_v2_is_seen(monkeypatch, record_worst):
     """Of the global response norm alone: the other norms keep their epsilon."""
-    right = modeling.nn.LayerNorm
+    right = modeling.LayerNorm
     monkeypatch.setattr(modeling, "EPSILON", 1e-5)
     monkeypatch.setattr(
-        modeling.nn, "LayerNorm", lambda **options: right(**options | {"epsilon": 1e-6})
+        modeling, "LayerNorm", lambda **options: right(**options | {"epsilon": 1e-6})
     )
     with jax.enable_x64(True):
         case = CASES["V2"]

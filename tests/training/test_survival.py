@@ -306,7 +306,8 @@ def test_disk_that_is_full_for_one_of_two(failed_save, layout, number, whole_of_
     said = log_of(workdir).read_text()
     if failed_save == "continue":
         assert statuses == [0, 0], said[-3000:]
-        assert said.count("goes on without it") == 2
+        # The next one may have failed too, before there was room again.
+        assert said.count("goes on without it") in (2, 4)
     else:
         assert statuses == [2, 2], said[-3000:]
         for process in start_two(workdir, layout=layout):
