@@ -103,7 +103,9 @@ class UnreadableExamples:
         except InputError as error:
             refusal = error
         if parallel.agree(refusal is not None):
-            raise refusal or InputError("too many examples cannot be read: another process lists")
+            raise refusal or InputError(
+                "too many examples cannot be read: another process names one"
+            )
 
     def _take_in_all(self) -> dict[str, str]:
         """Knows of what is listed; the last reason for each split."""

@@ -108,6 +108,7 @@ def test_all_may_be_unreadable_if_so_wanted(tmp_path: Path):
 def test_of_several_processes_each_hears_of_all(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(parallel, "wait_for_all", lambda place: None)
+    monkeypatch.setattr(parallel, "agree", lambda value: value)
     lists = []
     for number in range(2):
         monkeypatch.setattr(jax, "process_index", lambda: number)  # noqa: B023
@@ -124,6 +125,10 @@ def test_of_several_processes_each_hears_of_all(tmp_path: Path, monkeypatch):
     third = listing(tmp_path, 0.06, 100, resumed=True)
     third.add("train", failures(0, 5), 1000)
     assert len(listed(tmp_path)) == 6
+    third.hear_of_others()
+    monkeypatch.setattr(parallel, "agree", lambda value: True)  # one that sees more files
+    with pytest.raises(InputError, match="another process"):
+        third.hear_of_others()
     # Another run begins with none, also of processes that it does not have.
     monkeypatch.setattr(jax, "process_index", lambda: 0)
     listing(tmp_path, 0.05, 100)
