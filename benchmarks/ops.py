@@ -66,7 +66,10 @@ CONTENDERS = {
     "gpu": ("plain", "toeplitz", "streamed"),
 }
 # (rows, channels) of tiny and base at 224 pixels.
-MLP_SHAPES = ((802816, 96), (401408, 128), (200704, 192), (100352, 256), (50176, 384))
+MLP_SHAPES = (
+    (802816, 96), (401408, 128), (200704, 192), (100352, 256), (50176, 384), (50176, 512),
+    (12544, 768), (12544, 1024),
+)  # fmt: skip
 # Bytes, f32 additions and multiplications, and bf16 ones of matrix products, a second; NVIDIA's
 # data sheets.
 CHIPS = {"H100": (3.35e12, 67e12, 989e12), "H200": (4.8e12, 67e12, 989e12)}

@@ -11,7 +11,11 @@ memory at its peak. "First" is the time of the first step, compilation included.
 
 Training is forward, backward and AdamW on f32 weights, with drop path 0.1 and bf16 arithmetic.
 Inference has weights of the same type as the pictures. A contender whose library is not installed
-is left out, with a line that says so.
+is left out, with a line that says so. Of jax-ml/bonsai a checkout is wanted on PYTHONPATH, and
+Keras has no network below T.
+
+On a CPU all of them are given large pages (GLIBC_TUNABLES=glibc.malloc.hugetlb=1, where the
+environment has no other): zeroing small ones was a third of a small network's training step.
 """
 
 from __future__ import annotations
@@ -25,27 +29,29 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 OURS = ("convnext_jax", "convnext_jax-scan")
-PEERS = ("timm", "timm-graphs", "timm-tuned", "timm-eager", "huggingface")
+ON_JAX = (*OURS, "keras", "bonsai")  # Keras 3 with its backend JAX, and jax-ml/bonsai
+PEERS = ("timm", "timm-graphs", "timm-tuned", "timm-eager", "huggingface")  # on PyTorch
 # What `torch.compile` calls their modes; the others are not compiled.
 MODES = {"timm": "default", "timm-graphs": "reduce-overhead", "timm-tuned": "max-autotune"}
 CLASSES = 1000
 DROP_PATH = 0.1
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.05
 
+PyTree = Any
 Run = Callable[[int], None]  # makes so many steps, and waits for them
+Logits = Callable[..., Any]  # of parameters, pictures and, in training, a key
 
 
 # Contenders ---------------------------------------------------------------------------------------
 
 
-def jax_contender(options: argparse.Namespace) -> tuple[Run, Callable[[], int], str]:
-    """A function that runs steps, one that tells the peak of memory, and the versions."""
+def own_network(options: argparse.Namespace) -> tuple[PyTree, Logits]:
+    """The parameters, f32 for training, and what computes logits from them."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
-    import optax
 
     from convnext_jax import ConvNextConfig, ConvNextForImageClassification
     from convnext_jax.configuration import PRESETS
@@ -55,19 +61,78 @@ def jax_contender(options: argparse.Namespace) -> tuple[Run, Callable[[], int], 
         image_size=options.size,
     )  # fmt: skip
     dtype = jnp.dtype(options.dtype)
-    training = options.task == "training"
     model = ConvNextForImageClassification(
-        config, dtype=dtype, param_dtype=jnp.float32 if training else dtype,
+        config, dtype=dtype, param_dtype=jnp.float32 if options.task == "training" else dtype,
         data_format="channels_last", scan=options.contender.endswith("-scan"),
     )  # fmt: skip
-    params = model.init_variables(jax.random.key(0))["params"]
+
+    def logits(params, pictures, key=None):
+        rngs = None if key is None else {"drop_path": key}
+        return model.apply({"params": params}, pictures, train=key is not None, rngs=rngs).logits
+
+    return model.init_variables(jax.random.key(0))["params"], logits
+
+
+def keras_network(options: argparse.Namespace) -> tuple[PyTree, Logits]:
+    """As `own_network`; drop path's masks are those of the first step in all."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras
+
+    half = options.dtype == "bfloat16"
+    keras.config.set_dtype_policy(
+        ("mixed_bfloat16" if options.task == "training" else "bfloat16") if half else "float32"
+    )
+    model = getattr(keras.applications, f"ConvNeXt{options.model.capitalize()}")(
+        weights=None, include_preprocessing=False, classifier_activation=None, classes=CLASSES,
+        input_shape=(options.size, options.size, 3),
+    )  # fmt: skip
+    trained, others = (
+        [variable.value for variable in variables]
+        for variables in (model.trainable_variables, model.non_trainable_variables)
+    )
+
+    def logits(params, pictures, key=None):
+        return model.stateless_call(params, others, pictures, training=key is not None)[0]
+
+    return trained, logits
+
+
+def bonsai_network(options: argparse.Namespace) -> tuple[PyTree, Logits]:
+    """As `own_network`."""
+    import jax
+    from bonsai.models.convnext import modeling
+    from flax import nnx
+
+    from convnext_jax.configuration import PRESETS
+
+    config = modeling.ModelConfig(
+        PRESETS[options.model]["depths"], PRESETS[options.model]["hidden_sizes"], DROP_PATH, CLASSES
+    )
+    graph, params = nnx.split(modeling.ConvNeXt(config, rngs=nnx.Rngs(0)))
+
+    def rounded(params):
+        return jax.tree.map(lambda x: x.astype(options.dtype), params)
+
+    def logits(params, pictures, key=None):
+        network = nnx.merge(graph, rounded(params))
+        return network(pictures, rngs=key, train=key is not None)
+
+    return params if options.task == "training" else rounded(params), logits
+
+
+def jax_contender(options: argparse.Namespace) -> tuple[Run, Callable[[], int], str]:
+    """A function that runs steps, one that tells the peak of memory, and the versions."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+
+    make = {"keras": keras_network, "bonsai": bonsai_network}.get(options.contender, own_network)
+    params, logits = make(options)
     rng = np.random.default_rng(0)
     shape = (options.batch, options.size, options.size, 3)
-    pictures = jax.device_put(jnp.asarray(rng.standard_normal(shape, np.float32), dtype))
-    labels = jax.device_put(rng.integers(0, CLASSES, options.batch))
-
-    def logits(params, pictures, **rest):
-        return model.apply({"params": params}, pictures, **rest).logits
+    pictures = jnp.asarray(rng.standard_normal(shape, np.float32), options.dtype)
+    labels = jnp.asarray(rng.integers(0, CLASSES, options.batch))
 
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
@@ -75,15 +140,14 @@ def jax_contender(options: argparse.Namespace) -> tuple[Run, Callable[[], int], 
         params, moments = state
 
         def loss(params):
-            scores = logits(params, pictures, train=True, rngs={"drop_path": key})
-            scores = scores.astype(jnp.float32)
+            scores = logits(params, pictures, key).astype(jnp.float32)
             return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
 
         gradients = jax.grad(loss)(params)
         updates, moments = optimizer.update(gradients, moments, params)
         return optax.apply_updates(params, updates), moments
 
-    if training:
+    if options.task == "training":
         state = (params, jax.jit(optimizer.init)(params))
         step = jax.jit(step, donate_argnums=0)
 
@@ -170,7 +234,7 @@ def torch_contender(options: argparse.Namespace) -> tuple[Run, Callable[[], int]
 
 def serve(options: argparse.Namespace) -> None:
     """A contender's process: for each line that comes in, one round, and a line of figures."""
-    make = jax_contender if options.contender in OURS else torch_contender
+    make = jax_contender if options.contender in ON_JAX else torch_contender
     run, peak, versions = make(options)
     start = time.perf_counter()
     run(1)
@@ -195,7 +259,12 @@ class Contender:
 
     def __init__(self, name: str):
         # A process takes the memory that it needs, so that there is room for the next one.
-        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        # On Linux, the C library has the system back large blocks with large pages.
+        environment = {
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+            **os.environ,
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
         command = [sys.executable, __file__, *sys.argv[1:], f"--contender={name}"]
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -261,12 +330,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="side of the pictures")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument(
-        "--contenders", nargs="+", default=(OURS[0], PEERS[0]), choices=OURS + PEERS
+        "--contenders", nargs="+", default=(OURS[0], PEERS[0]), choices=ON_JAX + PEERS
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a contender in a round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
-    parser.add_argument("--contender", choices=OURS + PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--contender", choices=ON_JAX + PEERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
         serve(options)

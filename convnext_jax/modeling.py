@@ -13,7 +13,7 @@ Randomness comes from the stream "drop_path" alone:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -87,22 +87,6 @@ class ConvNextModule(nn.Module):
         # Plain normal: the truncation that the paper's code asks for lies at 100 deviations.
         return nn.initializers.normal(self.config.initializer_range)
 
-    @nn.nowrap
-    def _patches(self, features: int, side: int | tuple[int, int], name: str) -> nn.Conv:
-        """A convolution over patches that do not overlap; what does not fill a patch is dropped."""
-        sides = (side, side) if isinstance(side, int) else side
-        return nn.Conv(
-            features, sides, strides=sides, padding="VALID", kernel_init=self._kernel_init,
-            dtype=self.dtype, param_dtype=self.param_dtype, precision=self.precision, name=name,
-        )  # fmt: skip
-
-    @nn.nowrap
-    def _dense(self, features: int, name: str) -> nn.Dense:
-        return nn.Dense(
-            features, kernel_init=self._kernel_init, dtype=self.dtype,
-            param_dtype=self.param_dtype, precision=self.precision, name=name,
-        )  # fmt: skip
-
     @property
     def _epsilon(self) -> float:
         """Of every norm but the last."""
@@ -159,8 +143,8 @@ class DepthwiseConv(ConvNextModule):
         )  # fmt: skip
 
 
-class ScaledDense(ConvNextModule):
-    """A dense layer whose outputs are scaled, each by its own factor; (..., C) to (..., features).
+class Dense(ConvNextModule):
+    """A dense layer, its outputs scaled each by its own factor or not; (..., C) to (..., features).
 
     In training the factors are multiplied into the kernel: so their gradient comes from that of the
     kernel, and the outputs need not be kept for it.
@@ -172,15 +156,41 @@ class ScaledDense(ConvNextModule):
     features: int = 0
 
     @nn.compact
-    def __call__(self, x: jax.Array, scale: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, scale: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self._kernel_init, shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-        if train:
-            kernel, bias = kernel * scale, bias * scale
+        if scale is not None and train:
+            kernel, bias, scale = kernel * scale, bias * scale, None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = jnp.dot(x, kernel, precision=self.precision) + bias
-        return y if train else y * scale.astype(y.dtype)
+        y = ops.dense(x, kernel, bias, self.precision)
+        return y if scale is None else y * scale.astype(y.dtype)
+
+
+class Patches(ConvNextModule):
+    """A convolution over patches that do not overlap, with bias; what does not fill one is dropped.
+
+    (N, H, W, C) to (N, H // height, W // width, features).
+
+    Attributes:
+      features: of the output.
+      sides: height and width of a patch.
+    """
+
+    features: int = 0
+    sides: tuple[int, int] = (1, 1)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (*self.sides, x.shape[-1], self.features)
+        kernel = self.param("kernel", self._kernel_init, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        return ops.patches(
+            x, kernel, bias, precision=self.precision, is_mapped=self.axis_name is not None
+        )
 
 
 class ConvNextEmbeddings(ConvNextModule):
@@ -190,9 +200,11 @@ class ConvNextEmbeddings(ConvNextModule):
     def __call__(self, pixel_values: jax.Array) -> jax.Array:
         config = self.config
         _check_map("the picture", pixel_values, config.patch_size)
-        x = self._patches(config.hidden_sizes[0], config.patch_size, "patch_embeddings")(
-            pixel_values
-        )
+        side = config.patch_size
+        sides = (side, side) if isinstance(side, int) else tuple(side)
+        x = Patches(
+            **self.shared, features=config.hidden_sizes[0], sides=sides, name="patch_embeddings"
+        )(pixel_values)
         return x if config.model_type == "convnext_isotropic" else self._norm("layernorm")(x)
 
 
@@ -225,42 +237,45 @@ class ConvNextLayer(ConvNextModule):
     ConvNeXt V2 has a global response norm inside the MLP, and no layer scale.
 
     Attributes:
-      drop_path_rate: probability of leaving this block out for a sample, in training; an array
-        where blocks of different rates are one program.
+      drop_path_rate: probability of leaving this block out for a sample, in training.
     """
 
-    drop_path_rate: float | jax.Array = 0.0
+    drop_path_rate: float = 0.0
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, train: bool = False, key: jax.Array | None = None
+        self, x: jax.Array, train: bool = False, gain: jax.Array | None = None
     ) -> jax.Array:
-        """(N, H, W, C) to the same; drop path takes a key of the stream "drop_path", or `key`."""
-        width, rate = x.shape[-1], self.drop_path_rate
-        drops = train and (isinstance(rate, jax.Array) or rate > 0)
-        if drops and key is None:
-            key = self.drop_path_key()
+        """(N, H, W, C) to the same.
+
+        Args:
+          x: the map.
+          train: whether samples are dropped.
+          gain: (N,), what `drop_path_gain` gave; None calls it.
+        """
+        width = x.shape[-1]
+        if gain is None and train and self.drop_path_rate > 0:
+            gain = self.drop_path_gain(len(x))
         y = checkpoint_name(DepthwiseConv(**self.shared, name="dwconv")(x), "conv")
         if self._is_fused(x, y, train):
-            gain = None
-            if drops:
-                gain = ops.drop_path_gain(len(x), rate, key, self.axis_name, jnp.float32)
             return ops.norm_mlp(
                 y, x, self._weights(), gain, epsilon=self._epsilon, implementation="fused"
             )
         y = self._norm("layernorm")(y)
-        y = checkpoint_name(self._dense(EXPANSION * width, "pwconv1")(y), "hidden")
+        y = checkpoint_name(
+            Dense(**self.shared, features=EXPANSION * width, name="pwconv1")(y), "hidden"
+        )
         y = ops.activation(self.config.hidden_act)(y)
         if self.config.model_type == "convnextv2":
             y = GlobalResponseNorm(**self.shared, name="grn")(y)
         if self._has_scale:
             init = nn.initializers.constant(self.config.layer_scale_init_value)
             scale = self.param("layer_scale_parameter", init, (width,), self.param_dtype)
-            y = ScaledDense(**self.shared, features=width, name="pwconv2")(y, scale, train)
+            y = Dense(**self.shared, features=width, name="pwconv2")(y, scale, train)
         else:
-            y = self._dense(width, "pwconv2")(y)
-        if drops:
-            y = ops.drop_path(y, rate, key, self.axis_name)
+            y = Dense(**self.shared, features=width, name="pwconv2")(y)
+        if gain is not None:
+            y *= gain.astype(y.dtype)[:, None, None, None]
         return x + y
 
     @property
@@ -292,14 +307,39 @@ class ConvNextLayer(ConvNextModule):
             second["bias"], params["layer_scale_parameter"],
         )  # fmt: skip
 
-    def drop_path_key(self) -> jax.Array:
-        """The next key of this block in the stream "drop_path"."""
+    def drop_path_gain(self, samples: int) -> jax.Array:
+        """What drop path multiplies this block's result with: (samples,), at least f32.
+
+        Draws a key of the stream "drop_path".
+        """
         if not self.has_rng("drop_path"):
             raise InputError(
                 f"train=True with drop_path_rate={self.config.drop_path_rate} needs a key: "
                 'give rngs={"drop_path": key} to apply'
             )
-        return self.make_rng("drop_path")
+        key, dtype = self.make_rng("drop_path"), jnp.result_type(float)
+        return ops.drop_path_gain(samples, self.drop_path_rate, key, self.axis_name, dtype)
+
+
+# Traced, differentiated and lowered once for all blocks of a stage, which differ in their arrays
+# alone: jit keeps that by the static arguments and the shapes of the others.
+@functools.partial(jax.jit, static_argnames=("layer", "train", "prevent_cse"))
+def _block(
+    x: jax.Array,
+    params: dict[str, Any],
+    gain: jax.Array | None,
+    *,
+    layer: ConvNextLayer,
+    train: bool,
+    prevent_cse: bool = True,
+) -> jax.Array:
+    """`layer` with these parameters; keeps for its gradient what `layer.remat` says."""
+
+    def apply(x: jax.Array, params: dict[str, Any], gain: jax.Array | None) -> jax.Array:
+        return layer.apply({"params": params}, x, train, gain)
+
+    policy = None if layer.remat else KEPT
+    return jax.checkpoint(apply, policy=policy, prevent_cse=prevent_cse)(x, params, gain)
 
 
 class ConvNextStage(ConvNextModule):
@@ -316,37 +356,39 @@ class ConvNextStage(ConvNextModule):
         if self.index > 0:
             _check_map(f"the map that reaches stage {self.index + 1}", x, 2)
             x = self._norm("downsampling_layer_0")(x)
-            x = self._patches(self.config.hidden_sizes[self.index], 2, "downsampling_layer_1")(x)
-        policy = None if self.remat else KEPT
+            features = self.config.hidden_sizes[self.index]
+            x = Patches(
+                **self.shared, features=features, sides=(2, 2), name="downsampling_layer_1"
+            )(x)
         rates = drop_path_rates(self.config)[self.index]
-        if self.scan and len(rates) > 1 and not self.is_initializing():
-            return self._looped(x, rates, policy, train)
-        block = nn.remat(ConvNextLayer, static_argnums=(2,), policy=policy)
-        for j, rate in enumerate(rates):
-            x = block(**self.shared, drop_path_rate=rate, name=f"layers_{j}")(x, train)
+        layers = [
+            ConvNextLayer(**self.shared, drop_path_rate=rate, name=f"layers_{j}")
+            for j, rate in enumerate(rates)
+        ]
+        # What writes parameters or intermediates has to be part of this module.
+        if self.is_initializing() or self.is_mutable_collection("intermediates"):
+            for layer in layers:
+                x = layer(x, train)
+            return x
+
+        params = self.variables["params"]
+        params = [params[layer.name] for layer in layers]
+        gains = [None] * len(layers)
+        if train and max(rates) > 0:  # also where the rate is 0: so all blocks are one program
+            gains = [layer.drop_path_gain(len(x)) for layer in layers]
+        layer = ConvNextLayer(**self.shared, parent=None)
+        block = functools.partial(_block, layer=layer, train=train)
+        if self.scan and len(layers) > 1:
+            # The loop keeps the compiler from undoing what is computed again.
+            block = functools.partial(block, prevent_cse=False)
+            stacked = jax.tree.map(
+                lambda *leaves: jnp.stack(leaves), *zip(params, gains, strict=True)
+            )
+            return jax.lax.scan(lambda x, own: (block(x, *own), None), x, stacked)[0]
+        for layer, *own in zip(layers, params, gains, strict=True):
+            with jax.named_scope(layer.name):
+                x = block(x, *own)
         return x
-
-    @nn.nowrap
-    def _looped(
-        self, x: jax.Array, rates: Sequence[float], policy: Callable | None, train: bool
-    ) -> jax.Array:
-        names = [f"layers_{j}" for j in range(len(rates))]
-        blocks = [self.variables["params"][name] for name in names]
-        drop = None
-        if train and max(rates) > 0:  # with the keys that the blocks would draw one by one
-            keys = [ConvNextLayer(**self.shared, name=name).drop_path_key() for name in names]
-            drop = jnp.asarray(rates), jnp.stack(keys)
-
-        def step(x: jax.Array, block: tuple) -> tuple[jax.Array, None]:
-            params, drop = block
-            rate, key = drop or (0.0, None)
-            layer = ConvNextLayer(**self.shared, drop_path_rate=rate, parent=None)
-            return layer.apply({"params": params}, x, train, key), None
-
-        # The loop keeps the compiler from undoing what is computed again.
-        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
-        return jax.lax.scan(step, x, (stacked, drop))[0]
 
 
 class ConvNextEncoder(ConvNextModule):
@@ -577,7 +619,9 @@ class ConvNextForImageClassification(ConvNextPreTrainedModel):
         features = network(pixel_values, output_hidden_states, True, train)
         logits = features.pooler_output
         if self.config.num_labels > 0:
-            logits = self._dense(self.config.num_labels, "classifier")(logits)
+            logits = Dense(**self.shared, features=self.config.num_labels, name="classifier")(
+                logits
+            )
         output = ImageClassifierOutputWithNoAttention(
             loss=None if labels is None else losses.classification_loss(
                 logits, jnp.asarray(labels), self.config

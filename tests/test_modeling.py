@@ -858,8 +858,28 @@ def test_scanned_blocks_are_the_blocks(model_type, remat, implementation):
     np.testing.assert_allclose(
         run(scanned, variables).logits, run(model, variables).logits, rtol=1e-5, atol=1e-6
     )
-    loops = str(jax.make_jaxpr(lambda v: scanned.apply(v, PICTURES))(variables)).count("scan[")
+    plain = scanned.clone(implementation="plain")  # the others have loops of their own
+    loops = str(jax.make_jaxpr(lambda v: plain.apply(v, PICTURES))(variables)).count("scan[")
     assert loops == 2
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_equal_blocks_are_lowered_once(train):
+    def functions(blocks):
+        config = SMALL.replace(depths=(1, blocks), drop_path_rate=0.5)
+        model = ConvNextForImageClassification(config)
+        variables = jax.eval_shape(model.init_variables, jax.random.key(0))
+
+        def loss(variables):
+            rngs = {"drop_path": jax.random.key(0)}
+            return model.apply(variables, PICTURES, jnp.array([0, 2]), train=train, rngs=rngs).loss
+
+        program = jax.jit(jax.grad(loss)).lower(variables).as_text()
+        return program.count("func.func private @_block"), program.count("call @_block")
+
+    # One block of the first stage and those of the second, each forward and backward.
+    assert functions(2) == (4, 2 * (1 + 2))
+    assert functions(5) == (4, 2 * (1 + 5))
 
 
 def test_scanned_blocks_ask_for_the_key_too():

@@ -178,15 +178,29 @@ def _plain_gradients(
 
 
 def _shifted(x: jax.Array, kernel: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
-    height, width = x.shape[1:3]
+    (batch, height, width, _), rows = x.shape, kernel.shape[0] - 1
     sum_dtype = jnp.promote_types(x.dtype, jnp.float32)
     padded, taps = _pad(x, kernel).astype(sum_dtype), kernel[:, :, 0].astype(sum_dtype)
-    # Unrolled on purpose: XLA fuses the sum into one loop that reads and writes each value once.
-    total = jnp.zeros((), sum_dtype)
-    for i in range(taps.shape[0]):
-        for j in range(taps.shape[1]):
-            total += padded[:, i : i + height, j : j + width] * taps[i, j]
-    return total.astype(x.dtype)
+
+    def convolve(padded: jax.Array) -> jax.Array:
+        # Unrolled on purpose: XLA makes one loop of it that reads and writes each value once.
+        height, width = (padded.shape[i] - taps.shape[i] + 1 for i in (0, 1))
+        total = jnp.zeros((), sum_dtype)
+        for i in range(taps.shape[0]):
+            for j in range(taps.shape[1]):
+                total += padded[i : i + height, j : j + width] * taps[i, j]
+        return total.astype(x.dtype)
+
+    if not _is_known(x) or x.size == 0:
+        return jax.vmap(convolve)(padded)
+    # In a loop, over the pictures or over the halves of one: XLA would compute the whole sum again
+    # for everything that uses it, a norm's mean, its variance and its result.
+    if batch > 1:
+        return lax.map(convolve, padded)
+    half = -(-height // 2)
+    padded = jnp.pad(padded[0], ((0, 2 * half - height), (0, 0), (0, 0)))
+    halves = jnp.stack([padded[: half + rows], padded[half:]])
+    return lax.map(convolve, halves).reshape(1, 2 * half, width, -1)[:, :height]
 
 
 def _shifted_gradients(
@@ -198,16 +212,27 @@ def _shifted_gradients(
 
     sum_dtype = jnp.promote_types(x.dtype, jnp.float32)
     padded, g = _pad(x, kernel).astype(sum_dtype), g.astype(sum_dtype)
+    ones = jnp.ones(height * width, sum_dtype)
 
-    def row_of_taps(i: jax.Array) -> jax.Array:
-        rows = lax.dynamic_slice_in_dim(padded, i, height, axis=1)
-        taps = [rows[:, :, j : j + width] * g for j in range(kernel.shape[1])]
-        return jnp.stack([tap.sum((0, 1, 2)) for tap in taps])
+    def of_picture(padded: jax.Array, g: jax.Array) -> jax.Array:
+        def row_of_taps(i: jax.Array) -> jax.Array:
+            rows = lax.dynamic_slice_in_dim(padded, i, height)
+            products = [rows[:, j : j + width] * g for j in range(kernel.shape[1])]
+            # Sums by a product with ones, which XLA has a fast kernel for.
+            return jnp.stack([ones @ p.reshape(height * width, -1) for p in products])
 
-    # A loop over the rows of the kernel, so that the sums of one row share one pass over the data;
-    # all of them unrolled run (and compile) several times slower.
-    kernel_gradient = lax.map(row_of_taps, jnp.arange(kernel.shape[0]))[:, :, None]
-    return x_gradient, kernel_gradient.astype(kernel.dtype)
+        # Loops, so that a picture is in the cache while all taps are summed; all taps unrolled run
+        # (and compile) several times slower.
+        return lax.map(row_of_taps, jnp.arange(kernel.shape[0]))
+
+    if _is_known(x):
+        zeros = jnp.zeros((*kernel.shape[:2], x.shape[-1]), sum_dtype)
+        kernel_gradient, _ = lax.scan(
+            lambda total, maps: (total + of_picture(*maps), None), zeros, (padded, g)
+        )
+    else:
+        kernel_gradient = jax.vmap(of_picture)(padded, g).sum(0)
+    return x_gradient, kernel_gradient[:, :, None].astype(kernel.dtype)
 
 
 def _pad(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -9,30 +9,28 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 
-def drop_path(x: jax.Array, rate: float, key: jax.Array, axis_name: str | None = None) -> jax.Array:
-    """Zeroes each sample of `x` with probability `rate` and scales the others by 1 / (1 - rate).
+def drop_path_gain(
+    samples: int,
+    rate: float,
+    key: jax.Array,
+    axis_name: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """What each sample is multiplied with: 0 with probability `rate`, and else 1 / (1 - rate).
 
     Args:
-      x: (batch, ...), any float dtype, which the result keeps.
+      samples: of the batch on this device.
       rate: probability of dropping a sample, 0 <= rate < 1.
       key: the PRNG key of this block and step; the same on every device.
-      axis_name: when `x` is one device's part of a batch split over this mapped axis, its name.
-        The mask is then drawn for the whole batch and each device takes its part, so that the
-        result does not depend on the number of devices.
+      axis_name: when the batch is split over this mapped axis, its name. The mask is then drawn for
+        the whole batch and each device takes its part, so that the result does not depend on the
+        number of devices.
+      dtype: of the result.
+
+    Returns:
+      (samples,).
     """
-    gain = drop_path_gain(x.shape[0], rate, key, axis_name, x.dtype)
-    return x * gain.reshape((x.shape[0],) + (1,) * (x.ndim - 1))
-
-
-def drop_path_gain(
-    local: int, rate: float, key: jax.Array, axis_name: str | None, dtype: DTypeLike
-) -> jax.Array:
-    """What `drop_path` multiplies the samples of this device with: (local,), of `dtype`.
-
-    Args:
-      local: samples of the batch on this device; the others as `drop_path` has them.
-    """
-    keep = own_part(lambda n: jax.random.bernoulli(key, 1.0 - rate, (n,)), local, axis_name)
+    keep = own_part(lambda n: jax.random.bernoulli(key, 1.0 - rate, (n,)), samples, axis_name)
     return jnp.where(keep, jnp.asarray(1.0 / (1.0 - rate), dtype), jnp.asarray(0, dtype))
 
 

@@ -82,6 +82,11 @@ def _try() -> None:
         for function in (norm_mlp_hopper.backward, norm_mlp_hopper.forward):
             lowered = lower(function, (rows, width), (rows, width), *weights, epsilon=1e-6)
         lowered.compile()
+        wide = (rows, 4 * width)
+        lower(norm_mlp_hopper.hidden, (rows, width), *weights[2:4])
+        lower(norm_mlp_hopper.output, wide, (rows, width), *weights[4:])
+        lower(norm_mlp_hopper.through_gelu, wide, wide)
+        lower(norm_mlp_hopper.through_norm, *[(rows, width)] * 3, vector, vector, epsilon=1e-6)
         maps = (1, 8, 8, width)
         lower(depthwise_conv_hopper.forward, maps, (7, 7, 1, width), vector)
         lower(depthwise_conv_hopper.kernel_gradient, maps, maps)

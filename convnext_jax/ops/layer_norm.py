@@ -1,8 +1,9 @@
 """LayerNorm over the channels.
 
-One meaning, two forms of one arithmetic. XLA's CPU backend computes mean and variance again for
+One meaning, three forms of one arithmetic. XLA's CPU backend computes mean and variance again for
 every channel that they are used for, unless they are kept from it: a third of the time of a small
-network. Elsewhere XLA makes one kernel of all, which this would break.
+network. Elsewhere XLA makes one kernel of all, which this would break. Its GPU backend takes but
+one row at a time of maps that a product or a kernel gave as rows, a third as fast as of rows.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
     Returns:
       (..., C), in the dtype of the arithmetic: at least f32.
     """
-    forms = {
-        "cpu": functools.partial(_normalize, kept=lax.optimization_barrier),
-        "default": functools.partial(_normalize, kept=lambda x: x),
-    }
-    forms = {name: functools.partial(form, epsilon=epsilon) for name, form in forms.items()}
-    return lax.platform_dependent(x, scale, bias, **forms)
+    plain = functools.partial(_normalize, epsilon=epsilon, kept=lambda x: x)
+    cpu = functools.partial(_normalize, epsilon=epsilon, kept=lax.optimization_barrier)
+
+    def by_rows(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+        return plain(x.reshape(-1, x.shape[-1]), scale, bias).reshape(x.shape)
+
+    return lax.platform_dependent(x, scale, bias, cpu=cpu, cuda=by_rows, default=plain)
 
 
 def _normalize(

@@ -3,9 +3,9 @@
 One meaning, two implementations:
 
 - `plain`: JAX operations, differentiable in every mode and to every order.
-- `fused`: kernels that never write the hidden layer, four times as wide as the map, to memory; for
-  NVIDIA's Hopper GPUs, in bf16 (`norm_mlp_hopper.py`). Nothing but the map that is
-  normalized is kept for the gradient.
+- `fused`: kernels for NVIDIA's Hopper GPUs, in bf16 (`norm_mlp_hopper.py`). Of narrow maps they
+  never write the hidden layer, four times as wide, to memory, and nothing but the map that is
+  normalized is kept for the gradient; of wide ones the hidden layer is, under the name "hidden".
 
 `benchmarks/ops.py` measures them.
 """
@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from convnext_jax.errors import InputError
 from convnext_jax.ops.activations import activation
@@ -109,13 +110,21 @@ def _plain(
     gain: jax.Array | None,
     epsilon: float,
 ) -> jax.Array:
+    return _output(_hidden(x, weights, epsilon), shortcut, weights, gain)
+
+
+def _hidden(x: jax.Array, weights: NormMlpWeights, epsilon: float) -> jax.Array:
     y = layer_norm(x, weights.norm_scale, weights.norm_bias, epsilon).astype(x.dtype)
-    y = y @ weights.w1.astype(x.dtype) + weights.b1.astype(x.dtype)
-    y = activation("gelu")(y)
+    return y @ weights.w1.astype(x.dtype) + weights.b1.astype(x.dtype)
+
+
+def _output(
+    h: jax.Array, shortcut: jax.Array, weights: NormMlpWeights, gain: jax.Array | None
+) -> jax.Array:
     w2, b2 = weights.w2 * weights.scale, weights.b2 * weights.scale
-    y = y @ w2.astype(x.dtype) + b2.astype(x.dtype)
+    y = activation("gelu")(h) @ w2.astype(h.dtype) + b2.astype(h.dtype)
     if gain is not None:
-        y *= gain.astype(x.dtype)[:, None, None, None]
+        y *= gain.astype(h.dtype)[:, None, None, None]
     return shortcut + y
 
 
@@ -131,7 +140,7 @@ def _fused(
     from convnext_jax.ops import norm_mlp_hopper as kernels
 
     def fused(x, shortcut, weights, gain):
-        rows = _rows(x), _rows(shortcut), *weights, _by_row(gain, x)
+        rows = _rows(x), _rows(shortcut), *map(_at_most_f32, weights), _by_row(gain, x)
         return kernels.forward(*rows, epsilon=epsilon).reshape(x.shape)
 
     plain = functools.partial(_plain, epsilon=epsilon)
@@ -140,7 +149,12 @@ def _fused(
 
 
 def _fused_forward(x, shortcut, weights, gain, epsilon):
-    return _fused(x, shortcut, weights, gain, epsilon), (x, weights, gain)
+    from convnext_jax.ops import norm_mlp_hopper as kernels
+
+    if kernels.backward_tiles(_rows_shape(x)):
+        return _fused(x, shortcut, weights, gain, epsilon), (x, weights, gain, None)
+    h = checkpoint_name(_hidden(x, weights, epsilon), "hidden")
+    return _output(h, shortcut, weights, gain), (x, weights, gain, h)
 
 
 def _fused_backward(epsilon, saved, g):
@@ -150,23 +164,35 @@ def _fused_backward(epsilon, saved, g):
 
 
 # With a gradient of its own as well, since kernels have none.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _fused_gradients(
-    x: jax.Array, weights: NormMlpWeights, gain: jax.Array | None, g: jax.Array, epsilon: float
+    x: jax.Array,
+    weights: NormMlpWeights,
+    gain: jax.Array | None,
+    h: jax.Array | None,
+    g: jax.Array,
+    epsilon: float,
 ) -> tuple[jax.Array, NormMlpWeights]:
+    """Those of `x` and the weights; `h` is the hidden layer before the GELU, where it was kept."""
     from convnext_jax.ops import norm_mlp_hopper as kernels
 
-    def fused(x, weights, gain, g):
+    def fused(x, weights, gain, h, g):
         if gain is not None:  # in f32, as the other direction has it
             wide = gain.astype(jnp.float32)[:, None, None, None]
             g = (g.astype(jnp.float32) * wide).astype(g.dtype)
-        dx, *gradients = kernels.backward(_rows(x), _rows(g), *weights, epsilon=epsilon)
+        rows = _rows(x), _rows(g), *map(_at_most_f32, weights)
+        if h is None:
+            dx, *gradients = kernels.backward(*rows, epsilon=epsilon)
+        else:
+            dx, *gradients = kernels.backward_of_hidden(_rows(h), *rows, epsilon=epsilon)
         gradients = (d.astype(w.dtype) for d, w in zip(gradients, weights, strict=True))
         return dx.reshape(x.shape), NormMlpWeights(*gradients)
 
-    plain = functools.partial(_plain_gradients, epsilon=epsilon)
-    forms = {"cuda": fused} if kernels.backward_tiles(_rows_shape(x)) else {}
-    return lax.platform_dependent(x, weights, gain, g, **forms, default=plain)
+    def plain(x, weights, gain, h, g):
+        return _plain_gradients(x, weights, gain, g, epsilon)
+
+    forms = {"cuda": fused} if kernels.is_possible(_rows_shape(x)) else {}
+    return lax.platform_dependent(x, weights, gain, h, g, **forms, default=plain)
 
 
 def _plain_gradients(
@@ -176,13 +202,22 @@ def _plain_gradients(
     return jax.vjp(lambda x, weights: branch(x, weights=weights), x, weights)[1](g)
 
 
+def _gradients_backward(epsilon, saved, cotangents):
+    x, weights, gain, h, g = saved
+    plain = functools.partial(_plain_gradients, epsilon=epsilon)
+    *of_first, of_g = jax.vjp(plain, x, weights, gain, g)[1](cotangents)
+    # What depends on the hidden layer is counted as depending on what that is computed from.
+    return *of_first, None if h is None else jnp.zeros_like(h), of_g
+
+
 _fused_gradients.defvjp(
-    lambda *inputs: (_fused_gradients(*inputs), inputs[:4]),
-    lambda epsilon, saved, cotangents: jax.vjp(
-        functools.partial(_plain_gradients, epsilon=epsilon), *saved
-    )[1](cotangents),
+    lambda *inputs: (_fused_gradients(*inputs), inputs[:5]), _gradients_backward
 )
 _fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _at_most_f32(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32) if jnp.dtype(x.dtype).itemsize > 4 else x
 
 
 def _rows(maps: jax.Array) -> jax.Array:

@@ -1,20 +1,26 @@
-"""Second half of a ConvNeXt block in one kernel: LayerNorm, MLP, layer scale and residual.
+"""Second half of a ConvNeXt block in kernels: LayerNorm, MLP, layer scale and residual.
 
     out = x + gain * scale * (gelu(norm(u) @ w1 + b1) @ w2 + b2)
 
-The hidden layer, four times as wide as the rows, never reaches memory. Forward, a program takes a
-few rows through all of it, a few columns of the hidden layer at a time. Backward, the hidden layer
-is computed again twice: by rows, for the gradient of `u`, and by columns, each program summing its
-columns' part of the weights' gradients over many rows.
+`forward` and `backward` are one kernel each direction (and a half), in which the hidden layer, four
+times as wide as the rows, never reaches memory. Forward, a program takes a few rows through all of
+it, a few columns of the hidden layer at a time. Backward, the hidden layer is computed again twice:
+by rows, for the gradient of `u`, and by columns, each program summing its columns' part of the
+weights' gradients over many rows. That is for rows of up to 256 numbers: of wider ones, too few fit
+into a program's registers and the weights are read too often.
 
-For NVIDIA's Hopper GPUs, in Pallas lowered to Triton. On an H100 forward is 1.4 to 2.8 times
-as fast as XLA for widths of 80 to 256, backward 1.3 to 2 times for widths of 80 to 192; at widths
-above, too few rows fit into a program's registers and the weights are read too often.
+`hidden` and `output` are the two products by themselves, each with what follows it, for wider rows
+and for few. Backward, where the hidden layer is then kept, the products are XLA's, and
+`through_gelu` and `through_norm` are what lies between and after them.
+
+For NVIDIA's Hopper GPUs, in Pallas lowered to Triton.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from typing import NamedTuple
 
 import jax
@@ -24,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from convnext_jax.ops.hopper import in_32_bits
+from convnext_jax.ops.layer_norm import layer_norm
 
 F32 = jnp.float32
 
@@ -37,17 +44,38 @@ class Tiles(NamedTuple):
     stages: int = 2
 
 
+class ProductTiles(NamedTuple):
+    """The tile of a product's result that is a program's, and how much it sums at a time."""
+
+    rows: int
+    columns: int
+    depth: int = 64
+    warps: int = 4
+    stages: int = 3
+
+
+class PairOfTiles(NamedTuple):
+    """Of the two products as kernels of their own."""
+
+    hidden: ProductTiles
+    output: ProductTiles
+
+
 class BackwardTiles(NamedTuple):
     by_rows: Tiles
     by_columns: Tiles
     programs: int = 264  # by columns; two for each of the multiprocessors of an H100
 
 
-def forward_tiles(shape: tuple[int, int]) -> Tiles | None:
-    """The fastest on an H100; None for widths that the kernel is no use for."""
-    width = shape[1]
-    if not _possible(shape) or width > 256:
+def forward_tiles(shape: tuple[int, int]) -> Tiles | PairOfTiles | None:
+    """The fastest on an H100; None for shapes that the kernels are no use for."""
+    rows, width = shape
+    if not is_possible(shape):
         return None
+    if width > 256 or (width > 128 and rows < 2**12):
+        return product_tiles(shape)
+    if rows < 2**14:
+        return Tiles(64, 64 if width <= 96 or width > 128 else 32, stages=3)
     if width <= 96:
         return Tiles(128, 64, stages=3)
     if width <= 128:
@@ -55,10 +83,32 @@ def forward_tiles(shape: tuple[int, int]) -> Tiles | None:
     return Tiles(128, 64, warps=8, stages=3) if width <= 192 else Tiles(64, 32)
 
 
+def product_tiles(shape: tuple[int, int]) -> PairOfTiles:
+    """For rows of `shape`, (rows, width): of those that divide it, the fastest on an H100."""
+    rows, width = shape
+    most, depth = math.gcd(width, 256), math.gcd(width, 64)
+    if rows >= 2**13:
+        return PairOfTiles(
+            ProductTiles(128, 128 if most >= 32 else 64, depth, warps=8),
+            ProductTiles(128, most, warps=8, stages=4 if most == 256 else 3),
+        )
+    if rows >= 2**10:
+        return PairOfTiles(
+            ProductTiles(64, min(128, 4 * most), depth), ProductTiles(64, min(64, most), stages=4)
+        )
+    # What these wait for is the weights: narrow tiles where there are few, for more of the GPU to
+    # read them, and many stages.
+    columns = 64 if rows * width >= 2**18 else 32
+    return PairOfTiles(
+        ProductTiles(64, 64, depth, stages=6),
+        ProductTiles(64, min(columns, most), math.gcd(4 * width, 128), stages=5),
+    )
+
+
 def backward_tiles(shape: tuple[int, int]) -> BackwardTiles | None:
     """The fastest on an H100; None for widths that the kernel is no use for."""
     width = shape[1]
-    if not _possible(shape) or width > 192:
+    if not is_possible(shape) or width > 192:
         return None
     if width <= 128:
         tiles = Tiles(64, 64, stages=3 if width <= 96 else 2)
@@ -66,21 +116,22 @@ def backward_tiles(shape: tuple[int, int]) -> BackwardTiles | None:
     return BackwardTiles(Tiles(64, 32), Tiles(32, 64))
 
 
-def _possible(shape: tuple[int, int]) -> bool:
+def is_possible(shape: tuple[int, int]) -> bool:
+    """Whether the kernels can take (rows, width) at all."""
     rows, width = shape
     # Triton's products have sides of at least 16, and positions are 32-bit numbers.
-    return width % 16 == 0 and rows * width < 2**31
+    return width % 16 == 0 and rows * 4 * width < 2**31
 
 
 def is_faster(shape: tuple[int, int], with_gradient: bool) -> bool:
     """Whether these kernels are faster than XLA for (rows, width), on an H100.
 
-    So they are with 25 million numbers and more. With 2 million either takes less time than JAX
-    takes to start it; what lies between was not measured.
+    Of small maps the gradients were not measured.
     """
-    if shape[0] * shape[1] < 2**24 or forward_tiles(shape) is None:
-        return False
-    return not with_gradient or backward_tiles(shape) is not None
+    if not with_gradient:
+        return is_possible(shape)
+    least = 2**24 if backward_tiles(shape) else 2**22
+    return is_possible(shape) and shape[0] * shape[1] >= least
 
 
 @in_32_bits
@@ -105,7 +156,7 @@ def forward(
     Args:
       u: (rows, width), what is normalized.
       x: (rows, width), the residual.
-      norm_scale, norm_bias, b2, scale: (width,).
+      norm_scale, norm_bias, b2, scale: (width,), as the other weights of at most 32 bits.
       w1: (width, 4 width), multiplied in the dtype of `u`.
       b1: (4 width,).
       w2: (4 width, width), likewise.
@@ -119,21 +170,66 @@ def forward(
     """
     rows, width = u.shape
     tiles = tiles or forward_tiles(u.shape)
-    w2, b2 = _scaled(w2, b2, scale, u.dtype)
+    if isinstance(tiles, PairOfTiles):
+        y = layer_norm(u, norm_scale, norm_bias, epsilon).astype(u.dtype)
+        a = hidden(y, w1, b1, interpret=interpret, tiles=tiles.hidden)
+        return output(a, x, w2, b2, scale, gain, interpret=interpret, tiles=tiles.output)
     row_block = pl.BlockSpec((tiles.rows, width), lambda i: (i, 0))
-    gains = [] if gain is None else _wide(gain)
+    gains = [] if gain is None else [gain]
     kernel = functools.partial(
         _forward_kernel, rows=rows, epsilon=epsilon, tiles=tiles, interpret=interpret
     )
     return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(rows, tiles.rows),),
-        in_specs=[row_block, row_block] + [_WHOLE] * (6 + len(gains)),
+        in_specs=[row_block, row_block] + [_WHOLE] * (7 + len(gains)),
         out_specs=row_block,
         out_shape=jax.ShapeDtypeStruct(u.shape, u.dtype),
         compiler_params=_compiler_params(tiles),
         interpret=interpret,
-    )(u, x, *_wide(norm_scale, norm_bias), w1.astype(u.dtype), *_wide(b1), w2, b2, *gains)
+    )(
+        u, x, norm_scale, norm_bias, w1.astype(u.dtype), b1, w2.astype(u.dtype), b2, scale, *gains
+    )  # fmt: skip
+
+
+@in_32_bits
+def hidden(
+    y: jax.Array,
+    w1: jax.Array,
+    b1: jax.Array,
+    *,
+    interpret: bool = False,
+    tiles: ProductTiles | None = None,
+) -> jax.Array:
+    """`gelu(y @ w1 + b1)`, (rows, 4 width), of (rows, width) that are normalized, as `y`."""
+    tiles = tiles or product_tiles(y.shape).hidden
+
+    def finish(h, b1):
+        return _gelu(h + b1, interpret)
+
+    return _product(finish, y, w1.astype(y.dtype), [b1], tiles=tiles, interpret=interpret)
+
+
+@in_32_bits
+def output(
+    a: jax.Array,
+    x: jax.Array,
+    w2: jax.Array,
+    b2: jax.Array,
+    scale: jax.Array,
+    gain: jax.Array | None = None,
+    *,
+    interpret: bool = False,
+    tiles: ProductTiles | None = None,
+) -> jax.Array:
+    """`x + gain * scale * (a @ w2 + b2)`, of what `hidden` gives and the arguments of `forward`."""
+    tiles = tiles or product_tiles(x.shape).output
+
+    def finish(y, b2, scale, x, gain=1):
+        return x + (y + b2) * (scale * gain)
+
+    w2 = w2.astype(a.dtype)
+    return _product(finish, a, w2, [b2, scale], x, gain, tiles=tiles, interpret=interpret)
 
 
 @in_32_bits
@@ -158,43 +254,104 @@ def backward(
     """
     w1, w2 = w1.astype(u.dtype), w2.astype(F32)
     tiles = tiles or backward_tiles(u.shape)
-    scaled_w2, _ = _scaled(w2, b2, scale, u.dtype)
+    scaled_w2 = (w2 * scale.astype(F32)).astype(u.dtype)
     du, y, sums = _gradient_by_rows(
         u,
         g,
-        *_wide(norm_scale, norm_bias),
+        norm_scale,
+        norm_bias,
         w1,
-        *_wide(b1),
+        b1,
         scaled_w2,
         epsilon=epsilon,
         tiles=tiles.by_rows,
         interpret=interpret,
     )
-    dw1, db1, dw2 = _gradients_by_columns(
+    products = _gradients_by_columns(
         y,
         g,
         w1,
-        *_wide(b1),
+        b1,
         scaled_w2,
         tiles=tiles.by_columns,
         programs=tiles.programs,
         interpret=interpret,
     )
     sum_g, dnorm_scale = sums.sum(0)
+    return du, dnorm_scale, *_gradients_of_weights(products, sum_g, w1, w2, b2, scale)
+
+
+@in_32_bits
+def backward_of_hidden(
+    h: jax.Array,
+    u: jax.Array,
+    g: jax.Array,
+    norm_scale: jax.Array,
+    norm_bias: jax.Array,
+    w1: jax.Array,
+    b1: jax.Array,
+    w2: jax.Array,
+    b2: jax.Array,
+    scale: jax.Array,
+    *,
+    epsilon: float,
+    interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+    """As `backward`, for rows of any width, by XLA's products and `through_gelu`.
+
+    `h` is `norm(u) @ w1 + b1`, (rows, 4 width), the dtype of `u`.
+    """
+    w1, w2 = w1.astype(u.dtype), w2.astype(F32)
+    a, dh, db1 = through_gelu(h, g @ (w2 * scale).astype(u.dtype).T, interpret=interpret)
+    y, du, (sum_g, dnorm_scale) = through_norm(
+        u, dh @ w1.T, g, norm_scale, norm_bias, epsilon=epsilon, interpret=interpret
+    )
+    products = _dot(y.T, dh), db1, _dot(a.T, g)
+    return du, dnorm_scale, *_gradients_of_weights(products, sum_g, w1, w2, b2, scale)
+
+
+def _gradients_of_weights(products, sum_g, w1, w2, b2, scale):
+    """Those that follow from the gradients of w1, b1 and the scaled w2: all but norm_scale's."""
+    dw1, db1, dw2 = products
     # What depends on all rows alike comes from the gradients of the weights.
     dnorm_bias = jnp.dot(w1.astype(F32), db1, precision="highest")
     dscale = (w2 * dw2).sum(0) + b2 * sum_g
-    gradients = (dnorm_scale, dnorm_bias, dw1, db1, dw2 * scale, sum_g * scale, dscale)
-    return du, *gradients
+    return dnorm_bias, dw1, db1, dw2 * scale, sum_g * scale, dscale
 
 
-def _scaled(w2, b2, scale, dtype):
-    scale = scale.astype(F32)
-    return (w2 * scale).astype(dtype), b2 * scale
+@in_32_bits
+def through_gelu(
+    h: jax.Array, da: jax.Array, *, interpret: bool = False, tiles: ProductTiles | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`a = gelu(h)`, the gradient of `h` by that `da` of `a`, and its sum over the rows in f32.
 
+    One pass over what XLA passes over three times, as each of the three goes to another operation.
 
-def _wide(*vectors):
-    return [v.astype(F32) for v in vectors]
+    Args:
+      h: (rows, columns).
+      da: (rows, columns), the dtype of `h`, as the first two results.
+      interpret, tiles: as in `forward`.
+    """
+    rows, columns = h.shape
+    tiles = tiles or ProductTiles(16, math.gcd(columns, 256))
+    chunks, blocks = columns // tiles.columns, pl.cdiv(rows, tiles.rows)
+    each = pl.cdiv(blocks, max(1, 16 * 132 // chunks))  # blocks of rows of a program
+    shares = pl.cdiv(blocks, each)
+    kernel = functools.partial(
+        _through_gelu_kernel, rows=rows, each=each, tiles=tiles, interpret=interpret
+    )
+    block = pl.BlockSpec((each * tiles.rows, tiles.columns), lambda i, j: (j, i))
+    like_h = jax.ShapeDtypeStruct(h.shape, h.dtype)
+    a, dh, sums = pl.pallas_call(
+        kernel,
+        grid=(chunks, shares),
+        in_specs=[block, block],
+        out_specs=[block, block, pl.BlockSpec((None, tiles.columns), lambda i, j: (j, i))],
+        out_shape=[like_h, like_h, jax.ShapeDtypeStruct((shares, columns), F32)],
+        compiler_params=_compiler_params(tiles),
+        interpret=interpret,
+    )(h, da)
+    return a, dh, sums.sum(0)
 
 
 _WHOLE = pl.BlockSpec(memory_space=pl.ANY)
@@ -216,6 +373,7 @@ def _forward_kernel(
     b1_ref,
     w2_ref,
     b2_ref,
+    scale_ref,
     *gain_and_out_refs,
     rows,
     epsilon,
@@ -231,7 +389,7 @@ def _forward_kernel(
 
     def chunk(j, sums):
         columns = pl.ds(j * tiles.hidden, tiles.hidden)
-        h = plgpu.load(b1_ref.at[columns])[None]
+        h = _vector(b1_ref, columns)
         for y_part, p in zip(y, parts, strict=True):
             h += _dot(y_part, plgpu.load(w1_ref.at[p, columns]))
         a = _gelu(h, interpret).astype(u_ref.dtype)
@@ -244,8 +402,65 @@ def _forward_kernel(
     sums = lax.fori_loop(0, 4 * width // tiles.hidden, chunk, biases)
     gain = 1 if not gain_refs else _column(gain_refs[0], pl.ds(start, tiles.rows), mask)
     for total, p in zip(sums, parts, strict=True):
-        out = _load(x_ref, block, p, mask).astype(F32) + total * gain
+        branch = total * (_vector(scale_ref, p) * gain)
+        out = _load(x_ref, block, p, mask).astype(F32) + branch
         _store(out_ref, block, p, out.astype(out_ref.dtype), mask)
+
+
+# Products -----------------------------------------------------------------------------------------
+
+
+def _product(finish, a, w, vectors, x=None, gain=None, *, tiles, interpret):
+    """`finish(a @ w, *vectors, x, gain)`, the dtype of `a`.
+
+    The vectors lie along the columns, `x` is of the product's shape, and `gain` has a number for
+    each row; the latter two are left out where they are None.
+    """
+    rows, columns = a.shape[0], w.shape[1]
+    tile = pl.BlockSpec((tiles.rows, tiles.columns), lambda i, j: (j, i))
+    maps, gains = ([] if v is None else [v] for v in (x, gain))
+    kernel = functools.partial(
+        _product_kernel,
+        rows=rows,
+        finish=finish,
+        inputs=(len(vectors), len(maps), len(gains)),
+        tiles=tiles,
+    )
+    # Neighbours in the grid read the same rows.
+    return pl.pallas_call(
+        kernel,
+        grid=(columns // tiles.columns, pl.cdiv(rows, tiles.rows)),
+        in_specs=[_WHOLE] * (2 + len(vectors)) + [tile] * len(maps) + [_WHOLE] * len(gains),
+        out_specs=tile,
+        out_shape=jax.ShapeDtypeStruct((rows, columns), a.dtype),
+        compiler_params=_compiler_params(tiles),
+        interpret=interpret,
+    )(a, w, *vectors, *maps, *gains)
+
+
+def _product_kernel(a_ref, w_ref, *refs, rows, finish, inputs, tiles):
+    *refs, out_ref = refs
+    refs = iter(refs)
+    vectors, maps, gains = (list(itertools.islice(refs, count)) for count in inputs)
+    start = pl.program_id(1) * tiles.rows
+    block, mask = pl.ds(start, tiles.rows), _mask(start, tiles.rows, rows)
+    columns = pl.ds(pl.program_id(0) * tiles.columns, tiles.columns)
+
+    def add(i, total):
+        depth = pl.ds(i * tiles.depth, tiles.depth)
+        a, w = _load(a_ref, block, depth, mask), plgpu.load(w_ref.at[depth, columns])
+        return total + _dot(a, w)
+
+    total = jnp.zeros((tiles.rows, tiles.columns), F32)
+    total = lax.fori_loop(0, a_ref.shape[1] // tiles.depth, add, total)
+    tile = pl.ds(0, tiles.rows), pl.ds(0, tiles.columns)
+    result = finish(
+        total,
+        *[_vector(ref, columns) for ref in vectors],
+        *[_load(ref, *tile, mask).astype(F32) for ref in maps],
+        *[_column(ref, block, mask) for ref in gains],
+    )
+    _store(out_ref, *tile, result.astype(out_ref.dtype), mask)
 
 
 # Backward -----------------------------------------------------------------------------------------
@@ -303,7 +518,7 @@ def _by_rows_kernel(
     def chunk(j, sums):
         columns = pl.ds(j * tiles.hidden, tiles.hidden)
         w1 = [plgpu.load(w1_ref.at[p, columns]) for p in parts]
-        h = plgpu.load(b1_ref.at[columns])[None]
+        h = _vector(b1_ref, columns)
         for y_part, w in zip(y, w1, strict=True):
             h += _dot(y_part, w)
         da = sum(
@@ -320,12 +535,9 @@ def _by_rows_kernel(
     for d, n, p in zip(dy, normal, parts, strict=True):
         products = d * n if mask is None else jnp.where(mask, d * n, 0)
         plgpu.store(sums_ref.at[pl.ds(1, 1), p], products.sum(0)[None])
-    dn = [d * _vector(norm_scale_ref, p) for d, p in zip(dy, parts, strict=True)]
-    along = sum((d * n).sum(1, keepdims=True) for d, n in zip(dn, normal, strict=True)) / width
-    mean_dn = sum(d.sum(1, keepdims=True) for d in dn) / width
-    for d, n, p in zip(dn, normal, parts, strict=True):
-        du = inverse * _fma(n, -along, d - mean_dn, interpret)
-        _store(du_ref, block, p, du.astype(du_ref.dtype), mask)
+    du = _through_normalize(dy, normal, inverse, norm_scale_ref, parts, width, interpret)
+    for d, p in zip(du, parts, strict=True):
+        _store(du_ref, block, p, d.astype(du_ref.dtype), mask)
 
 
 def _gradients_by_columns(y, g, w1, b1, w2, *, tiles, programs, interpret):
@@ -377,7 +589,7 @@ def _by_columns_kernel(
     even = rows % (each * tiles.rows) == 0
     w1 = [plgpu.load(w1_ref.at[columns, p]) for p in parts]
     w2 = [plgpu.load(w2_ref.at[columns, p]) for p in parts]
-    b1 = plgpu.load(b1_ref.at[columns])[:, None]
+    b1 = _column(b1_ref, columns, None)
 
     # The hidden layer transposed, so that a product's left side is always in registers.
     def add_rows(i, sums):
@@ -405,6 +617,106 @@ def _by_columns_kernel(
     for d1, d2, p in zip(dw1, dw2, parts, strict=True):
         plgpu.store(dw1_ref.at[columns, p], d1)
         plgpu.store(dw2_ref.at[columns, p], d2)
+
+
+def _through_gelu_kernel(h_ref, da_ref, a_ref, dh_ref, sums_ref, *, rows, each, tiles, interpret):
+    columns = pl.ds(0, tiles.columns)
+    first = pl.program_id(1) * each * tiles.rows
+    even = rows % (each * tiles.rows) == 0
+
+    def add_rows(i, sums):
+        block = pl.ds(i * tiles.rows, tiles.rows)
+        mask = _mask(first + i * tiles.rows, tiles.rows, rows, even)
+        a, slope = _gelu_and_slope(_load(h_ref, block, columns, mask).astype(F32), interpret)
+        dh = _load(da_ref, block, columns, mask).astype(F32) * slope
+        _store(a_ref, block, columns, a.astype(a_ref.dtype), mask)
+        _store(dh_ref, block, columns, dh.astype(dh_ref.dtype), mask)
+        return sums + dh
+
+    zeros = jnp.zeros((tiles.rows, tiles.columns), F32)
+    plgpu.store(sums_ref, lax.fori_loop(0, each, add_rows, zeros).sum(0))
+
+
+@in_32_bits
+def through_norm(
+    u: jax.Array,
+    dy: jax.Array,
+    g: jax.Array,
+    norm_scale: jax.Array,
+    norm_bias: jax.Array,
+    *,
+    epsilon: float,
+    interpret: bool = False,
+    rows: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`y = norm(u)`, the gradient of `u` by that `dy` of `y`, and two sums over the rows.
+
+    They are those of `g` and of the gradient of norm_scale, (2, width), f32. `u`, `dy` and `g` are
+    (rows, width), the dtype of the first two results; `rows` is how many a program takes at a time.
+    """
+    width = u.shape[1]
+    rows = rows or max(1, 2**11 // 2 ** (width - 1).bit_length())
+    blocks = pl.cdiv(len(u), rows)
+    each = pl.cdiv(blocks, 4 * 132)  # blocks of rows of a program
+    kernel = functools.partial(
+        _through_norm_kernel, block=rows, each=each, rows=len(u), epsilon=epsilon,
+        interpret=interpret,
+    )  # fmt: skip
+    shares = pl.cdiv(blocks, each)
+    block = pl.BlockSpec((each * rows, width), lambda i: (i, 0))
+    like_u = jax.ShapeDtypeStruct(u.shape, u.dtype)
+    y, du, sums = pl.pallas_call(
+        kernel,
+        grid=(shares,),
+        in_specs=[block] * 3 + [_WHOLE] * 2,
+        out_specs=[block, block, pl.BlockSpec((None, 2, width), lambda i: (i, 0, 0))],
+        out_shape=[like_u, like_u, jax.ShapeDtypeStruct((shares, 2, width), F32)],
+        compiler_params=plgpu.CompilerParams(num_warps=4),
+        interpret=interpret,
+    )(u, dy, g, norm_scale, norm_bias)
+    return y, du, sums.sum(0)
+
+
+def _through_norm_kernel(
+    u_ref,
+    dy_ref,
+    g_ref,
+    norm_scale_ref,
+    norm_bias_ref,
+    y_ref,
+    du_ref,
+    sums_ref,
+    *,
+    block,
+    each,
+    rows,
+    epsilon,
+    interpret,
+):
+    width = u_ref.shape[1]
+    parts, first = _split(width), pl.program_id(0) * each * block
+    even = rows % (each * block) == 0
+
+    def add_rows(i, sums):
+        at = pl.ds(i * block, block)
+        mask = _mask(first + i * block, block, rows, even)
+        normal, (_, inverse) = _normalize(
+            [_load(u_ref, at, p, mask) for p in parts], width, epsilon
+        )
+        y = _affine(normal, norm_scale_ref, norm_bias_ref, parts, interpret, y_ref.dtype)
+        dy = [_load(dy_ref, at, p, mask).astype(F32) for p in parts]
+        du = _through_normalize(dy, normal, inverse, norm_scale_ref, parts, width, interpret)
+        for y_part, du_part, p in zip(y, du, parts, strict=True):
+            _store(y_ref, at, p, y_part, mask)
+            _store(du_ref, at, p, du_part.astype(du_ref.dtype), mask)
+        of_g = [s + _load(g_ref, at, p, mask) for s, p in zip(sums[0], parts, strict=True)]
+        of_scale = [s + d * n for s, d, n in zip(sums[1], dy, normal, strict=True)]
+        return of_g, of_scale
+
+    zeros = [jnp.zeros((block, p.size), F32) for p in parts]
+    for i, sums in enumerate(lax.fori_loop(0, each, add_rows, (zeros, zeros))):
+        for s, p in zip(sums, parts, strict=True):
+            plgpu.store(sums_ref.at[pl.ds(i, 1), p], s.sum(0)[None])
 
 
 # Parts of rows ------------------------------------------------------------------------------------
@@ -441,11 +753,12 @@ def _store(ref, block, part, value, mask):
 
 def _column(ref, block, mask):
     mask = None if mask is None else mask[:, 0]
-    return plgpu.load(ref.at[block], mask=mask, other=0 if mask is not None else None)[:, None]
+    column = plgpu.load(ref.at[block], mask=mask, other=0 if mask is not None else None)
+    return column.astype(F32)[:, None]
 
 
 def _vector(ref, part):
-    return plgpu.load(ref.at[part])[None]
+    return plgpu.load(ref.at[part]).astype(F32)[None]
 
 
 def _normalize(u, width, epsilon):
@@ -455,6 +768,16 @@ def _normalize(u, width, epsilon):
     variance = sum((c * c).sum(1, keepdims=True) for c in centred) / width
     inverse = lax.rsqrt(variance + epsilon)
     return [c * inverse for c in centred], (mean, inverse)
+
+
+def _through_normalize(dy, normal, inverse, scale_ref, parts, width, interpret):
+    """The gradient of what `_normalize` took, by that of what `_affine` gave."""
+    dn = [d * _vector(scale_ref, p) for d, p in zip(dy, parts, strict=True)]
+    along = sum((d * n).sum(1, keepdims=True) for d, n in zip(dn, normal, strict=True)) / width
+    mean_dn = sum(d.sum(1, keepdims=True) for d in dn) / width
+    return [
+        inverse * _fma(n, -along, d - mean_dn, interpret) for d, n in zip(dn, normal, strict=True)
+    ]
 
 
 def _affine(normal, scale_ref, bias_ref, parts, interpret, dtype):

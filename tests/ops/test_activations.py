@@ -104,6 +104,34 @@ def test_gelu_in_half_precision_is_rounded_once(dtype):
     assert np.array_equal(np.asarray(backward), np.asarray(slope))
 
 
+def test_gelu_in_single_precision_is_exact_to_some_roundings():
+    x = np.linspace(-12.5, 9, 20001, dtype=np.float32)
+    wide = x.astype(np.float64)
+    distribution = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in wide])
+    density = np.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
+    gelu = activation("gelu")
+    slope = jax.grad(gelu)
+    found = jax.jit(jax.vmap(lambda x: (gelu(x), slope(x), jax.grad(slope)(x))))(x)
+    expected = wide * distribution, distribution + wide * density, (2 - wide**2) * density
+    # Rounding x² / 2 is an error of the exponential's argument: a relative one of its result.
+    rounding = (4 + wide**2 / 2) * float(jnp.finfo(jnp.float32).eps)
+    np.testing.assert_array_less(
+        np.abs(np.asarray(found[0]) - expected[0]), rounding * np.abs(expected[0]) + 1e-37
+    )
+    for derivative, exact in zip(found[1:], expected[1:], strict=True):
+        # A sum of two terms with the errors of each.
+        terms = distribution + (2 + np.abs(wide) + wide**2) * density
+        np.testing.assert_array_less(np.abs(np.asarray(derivative) - exact), rounding * terms)
+
+
+def test_gelu_of_numbers_that_are_none_or_huge():
+    x = jnp.asarray([0.0, 1e30, -1e30, jnp.inf, jnp.nan], jnp.float32)
+    y = activation("gelu")(x)
+    np.testing.assert_array_equal(y, jnp.asarray([0.0, 1e30, 0.0, jnp.inf, jnp.nan], jnp.float32))
+    slope = jax.vmap(jax.grad(activation("gelu")))(x[:3])
+    np.testing.assert_allclose(slope, [0.5, 1, 0], rtol=2e-7, atol=1e-7)
+
+
 def test_a_callable_is_itself():
     assert activation(jnp.sin) is jnp.sin
 

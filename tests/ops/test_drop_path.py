@@ -3,14 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convnext_jax.ops import drop_path
+from convnext_jax.ops import drop_path_gain
 
 
 def factors(rate, key, count):
-    """What each of `count` samples was multiplied with."""
-    y = drop_path(jnp.ones((count, 2, 3, 1)), rate, key)
-    np.testing.assert_array_equal(y, jnp.broadcast_to(y[:, :1, :1], y.shape))  # whole samples
-    return np.asarray(y[:, 0, 0, 0])
+    """What each of `count` samples is multiplied with."""
+    gain = drop_path_gain(count, rate, key)
+    assert gain.shape == (count,)
+    return np.asarray(gain)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -40,15 +40,16 @@ def test_samples_are_independent():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_the_dtype_is_kept(dtype):
-    assert drop_path(jnp.ones((4, 1), dtype), 0.5, jax.random.key(0)).dtype == dtype
+def test_the_dtype_is_that_asked_for(dtype):
+    assert drop_path_gain(4, 0.5, jax.random.key(0), dtype=dtype).dtype == dtype
 
 
 def test_devices_take_their_parts_of_one_mask():
-    x = jnp.arange(1.0, 25.0).reshape(12, 2)
     key = jax.random.key(0)
-    whole = drop_path(x, 0.5, key)
+    whole = drop_path_gain(12, 0.5, key)
+    assert 0 < (whole == 0).sum() < 12
     for devices in (2, 3, 4):
-        parts = x.reshape(devices, 12 // devices, 2)
-        run = jax.vmap(lambda part: drop_path(part, 0.5, key, "batch"), axis_name="batch")
-        np.testing.assert_array_equal(run(parts).reshape(12, 2), whole)
+        run = jax.vmap(
+            lambda _, own=12 // devices: drop_path_gain(own, 0.5, key, "batch"), axis_name="batch"
+        )
+        np.testing.assert_array_equal(run(jnp.arange(devices)).reshape(12), whole)

@@ -333,9 +333,9 @@ def test_a_mutation_of_the_drop_path_rates_is_seen(
 def test_a_mutation_of_the_drop_path_scale_is_seen(
     precision, same_draws, monkeypatch, record_worst
 ):
-    right = modeling.ops.drop_path
+    right = modeling.ops.drop_path_gain
     monkeypatch.setattr(
-        modeling.ops, "drop_path", lambda x, rate, *rest: right(x, rate, *rest) * (1 - rate)
+        modeling.ops, "drop_path_gain", lambda n, rate, *rest: right(n, rate, *rest) * (1 - rate)
     )
     errors = compare(TRAINING, precision)
     record_worst(f"{precision}, with drop_path_scale", errors)
