@@ -582,6 +582,9 @@ def products(jaxpr) -> int:
             kernel = equation.invars[1].aval.shape
             features = equation.params["dimension_numbers"].rhs_spec[0]
             total += out * math.prod(kernel) // kernel[features]
+        elif equation.primitive.name == "cond":  # of a form for each platform, the same products
+            [same] = {products(form.jaxpr) for form in equation.params["branches"]}
+            total += same
         # What is inside others: closed or, in what is computed again, in some versions open.
         inside = (getattr(value, "jaxpr", value) for value in equation.params.values())
         total += sum(products(sub) for sub in inside if hasattr(sub, "eqns"))
