@@ -206,7 +206,7 @@ def compare_starts(options: argparse.Namespace) -> list[dict]:
         row = _first_columns(options, name)
         for part in ("trace", "lower", "compile", "step", "first"):
             row[f"{part} s"] = _median(cold[name], part, 2)
-        ratios = _ratios(cold, name, options, "first")
+        ratios = _ratios(cold, name, "first")
         row |= {
             "ratio": round(statistics.median(ratios), 3),
             "range": f"{min(ratios):.3f} .. {max(ratios):.3f}",
@@ -229,7 +229,7 @@ def compare_programs(options: argparse.Namespace) -> list[dict]:
         | {
             "GFLOP a picture": round(figures["flops"] / 1e9, 2),
             "bytes accessed, GB": round(figures["bytes"] / 1e9, 2),
-            "ratio": round(_ratios(said, name, options, "bytes")[0], 3),
+            "ratio": round(_ratios(said, name, "bytes")[0], 3),
             "traffic, GB": round(figures["traffic"] / 1e9, 2),
             "temporaries GB": round(figures["temporaries"] / 1e9, 2),
             "compile s": round(figures["compile"], 1),
@@ -253,12 +253,10 @@ def _median(figures: list[dict], part: str, digits: int) -> float:
     return round(statistics.median(one[part] for one in figures), digits)
 
 
-def _ratios(
-    figures: dict[str, list[dict]], name: str, options: argparse.Namespace, part: str
-) -> list[float]:
+def _ratios(figures: dict[str, list[dict]], name: str, part: str) -> list[float]:
     """Of a figure to the first contender's, round by round."""
-    pairs = zip(figures[name], figures[options.contenders[0]], strict=True)
-    return [own[part] / first[part] for own, first in pairs]
+    first = next(iter(figures.values()))
+    return [own[part] / other[part] for own, other in zip(figures[name], first, strict=True)]
 
 
 def main() -> None:

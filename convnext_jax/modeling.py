@@ -255,7 +255,7 @@ class ConvNextLayer(ConvNextModule):
         """
         width = x.shape[-1]
         if gain is None and train and self.drop_path_rate > 0:
-            gain = self.drop_path_gain(len(x))
+            gain = self.drop_path_gain(x.shape[0])
         y = checkpoint_name(DepthwiseConv(**self.shared, name="dwconv")(x), "conv")
         if self._is_fused(x, y, train):
             return ops.norm_mlp(
@@ -321,8 +321,8 @@ class ConvNextLayer(ConvNextModule):
         return ops.drop_path_gain(samples, self.drop_path_rate, key, self.axis_name, dtype)
 
 
-# Traced, differentiated and lowered once for all blocks of a stage, which differ in their arrays
-# alone: jit keeps that by the static arguments and the shapes of the others.
+# Traced, differentiated and lowered once for all blocks that differ in their arrays alone: jit
+# keeps what it traced by the static arguments and the shapes of the others, as long as the process.
 @functools.partial(jax.jit, static_argnames=("layer", "train", "prevent_cse"))
 def _block(
     x: jax.Array,
@@ -345,6 +345,9 @@ def _block(
 class ConvNextStage(ConvNextModule):
     """Norm and 2x2 patches where the width changes (all stages but the first), then the blocks.
 
+    Equal blocks are one function, traced once. So what `nn.intercept_methods` puts between linen's
+    calls does not reach into them, unless "intermediates" are mutable: then each is by itself.
+
     Attributes:
       index: which stage of the configuration this is, from 0.
     """
@@ -361,33 +364,39 @@ class ConvNextStage(ConvNextModule):
                 **self.shared, features=features, sides=(2, 2), name="downsampling_layer_1"
             )(x)
         rates = drop_path_rates(self.config)[self.index]
-        layers = [
-            ConvNextLayer(**self.shared, drop_path_rate=rate, name=f"layers_{j}")
+        policy = None if self.remat else KEPT
+        block = nn.remat(ConvNextLayer, static_argnums=(2,), policy=policy)
+        blocks = [
+            block(**self.shared, drop_path_rate=rate, name=f"layers_{j}")
             for j, rate in enumerate(rates)
         ]
         # What writes parameters or intermediates has to be part of this module.
         if self.is_initializing() or self.is_mutable_collection("intermediates"):
-            for layer in layers:
-                x = layer(x, train)
+            for block in blocks:
+                x = block(x, train)
             return x
 
-        params = self.variables["params"]
-        params = [params[layer.name] for layer in layers]
-        gains = [None] * len(layers)
-        if train and max(rates) > 0:  # also where the rate is 0: so all blocks are one program
-            gains = [layer.drop_path_gain(len(x)) for layer in layers]
-        layer = ConvNextLayer(**self.shared, parent=None)
-        block = functools.partial(_block, layer=layer, train=train)
-        if self.scan and len(layers) > 1:
-            # The loop keeps the compiler from undoing what is computed again.
-            block = functools.partial(block, prevent_cse=False)
-            stacked = jax.tree.map(
-                lambda *leaves: jnp.stack(leaves), *zip(params, gains, strict=True)
+        params = self.variables.get("params", {})
+        if missing := [block.name for block in blocks if block.name not in params]:
+            raise InputError(
+                f"the parameters of {'/'.join(self.path)} lack {', '.join(missing)}: they are of "
+                f"another network than this one with depths={tuple(self.config.depths)}"
             )
-            return jax.lax.scan(lambda x, own: (block(x, *own), None), x, stacked)[0]
-        for layer, *own in zip(layers, params, gains, strict=True):
-            with jax.named_scope(layer.name):
-                x = block(x, *own)
+        own = [params[block.name] for block in blocks]
+        gains = [None] * len(blocks)
+        if train and max(rates) > 0:  # also where the rate is 0: so all blocks are one program
+            gains = [block.drop_path_gain(x.shape[0]) for block in blocks]
+        shared = functools.partial(
+            _block, layer=ConvNextLayer(**self.shared, parent=None), train=train
+        )
+        if self.scan and len(blocks) > 1:
+            # The loop keeps the compiler from undoing what is computed again.
+            shared = functools.partial(shared, prevent_cse=False)
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *zip(own, gains, strict=True))
+            return jax.lax.scan(lambda x, arrays: (shared(x, *arrays), None), x, stacked)[0]
+        for block, *arrays in zip(blocks, own, gains, strict=True):
+            with jax.named_scope(block.name):
+                x = shared(x, *arrays)
         return x
 
 

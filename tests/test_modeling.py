@@ -882,6 +882,24 @@ def test_equal_blocks_are_lowered_once(train):
     assert functions(5) == (4, 2 * (1 + 5))
 
 
+@pytest.mark.parametrize("mutable", [False, ["intermediates"]])
+def test_blocks_are_computed_again_for_their_gradients(mutable):
+    model, variables = small(remat=True)
+
+    def loss(params):
+        output = model.apply({"params": params}, PICTURES, mutable=mutable)
+        return (output[0] if mutable else output).logits.sum()
+
+    assert "remat" in str(jax.make_jaxpr(jax.grad(loss))(variables["params"]))
+
+
+def test_parameters_of_a_network_with_fewer_blocks():
+    _, variables = small(config=SMALL.replace(depths=(1, 1)))
+    model = ConvNextForImageClassification(SMALL.replace(depths=(1, 3)))
+    with pytest.raises(InputError, match=r"encoder/stages_1 lack layers_1, layers_2.*\(1, 3\)"):
+        model.apply(variables, PICTURES)
+
+
 def test_scanned_blocks_ask_for_the_key_too():
     model, variables = small(config=SMALL.replace(drop_path_rate=0.5), scan=True)
     with pytest.raises(InputError, match=r"drop_path_rate=0\.5 needs a key"):

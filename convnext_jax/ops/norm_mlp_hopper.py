@@ -62,6 +62,8 @@ class PairOfTiles(NamedTuple):
 
 
 class BackwardTiles(NamedTuple):
+    """Those of the two kernels of `backward`."""
+
     by_rows: Tiles
     by_columns: Tiles
     programs: int = 264  # by columns; two for each of the multiprocessors of an H100
@@ -120,7 +122,7 @@ def is_possible(shape: tuple[int, int]) -> bool:
     """Whether the kernels can take (rows, width) at all."""
     rows, width = shape
     # Triton's products have sides of at least 16, and positions are 32-bit numbers.
-    return width % 16 == 0 and rows * 4 * width < 2**31
+    return width % 16 == 0 and 0 < rows * 4 * width < 2**31
 
 
 def is_faster(shape: tuple[int, int], with_gradient: bool) -> bool:
@@ -149,7 +151,7 @@ def forward(
     *,
     epsilon: float,
     interpret: bool = False,
-    tiles: Tiles | None = None,
+    tiles: Tiles | PairOfTiles | None = None,
 ) -> jax.Array:
     """The formula above, of rows of bf16.
 

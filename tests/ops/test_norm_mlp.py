@@ -23,6 +23,14 @@ norm_mlp = importlib.import_module("convnext_jax.ops.norm_mlp")  # which its fun
 BLOCK = ConvNextConfig(hidden_sizes=(32,), depths=(2,), num_stages=1, drop_path_rate=0.5)
 
 
+@pytest.fixture(autouse=True)
+def traced_anew():
+    """Blocks stay traced as they were: by no earlier test, and not for a later one."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def on_cpu():
     """For what is said of other platforms than the kernels', and of f32, which a GPU rounds."""
@@ -122,7 +130,7 @@ def test_kernels_err_less_than_plain_arithmetic(width, sides):
     their_gradients = (their_gradients[0], *their_gradients[2])
     for dx, *of_weights in (
         kernels.backward(
-            rows[0], scaled, *narrow, tiles=kernels.backward_tiles((0, width)), **how
+            rows[0], scaled, *narrow, tiles=kernels.backward_tiles((1, width)), **how
         ),
         kernels.backward_of_hidden(h, rows[0], scaled, *narrow, **how),
     ):  # fmt: skip
@@ -145,6 +153,41 @@ def test_no_rows_are_read_or_written_that_are_not_there():
     np.testing.assert_array_equal(few[0], all_rows[0][:129])
     for a, b in zip(few[1:], all_rows[1:], strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.02)
+
+
+@pytest.mark.parametrize("rows", [1056, 1057, 1583])
+def test_a_program_with_several_blocks_of_rows_in_the_norm(rows):
+    """528 programs: of two or three blocks each, the last one with fewer or part of one."""
+    width = 16
+    u, dy, g = (numbers((rows, width), seed=i) for i in range(3))
+    scale, bias = 1 + numbers((width,), 0.1), numbers((width,), 0.1)
+    arrays = (jnp.asarray(array, jnp.float32) for array in (u, dy, g, scale, bias))
+    y, du, sums = kernels.through_norm(*arrays, epsilon=EPSILON, interpret=INTERPRET, rows=1)
+
+    deviation = np.sqrt(u.var(-1, keepdims=True) + EPSILON)
+    normal = (u - u.mean(-1, keepdims=True)) / deviation
+    dn = dy * scale
+    along = (dn * normal).mean(-1, keepdims=True)
+    expected = (
+        normal * scale + bias,
+        (dn - dn.mean(-1, keepdims=True) - normal * along) / deviation,
+        np.stack([g.sum(0), (dy * normal).sum(0)]),
+    )
+    for found, exact in zip((y, du, sums), expected, strict=True):
+        assert error(found, exact) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [272, 280])
+def test_a_program_with_several_blocks_of_rows_in_the_gelu(rows):
+    columns, tiles = 4096, kernels.ProductTiles(16, 16)  # 256 chunks, and eight programs of each
+    h, da = numbers((rows, columns)), numbers((rows, columns), seed=1)
+    a, dh, sums = kernels.through_gelu(
+        jnp.asarray(h, jnp.float32), jnp.asarray(da, jnp.float32), interpret=INTERPRET, tiles=tiles
+    )
+    distribution = (1 + erf(h / np.sqrt(2))) / 2
+    slope = distribution + h * np.exp(-(h**2) / 2) / np.sqrt(2 * np.pi)
+    for found, exact in ((a, h * distribution), (dh, da * slope), (sums, (da * slope).sum(0))):
+        assert error(found, exact) < 3e-4  # the kernels' GELU is one for bf16
 
 
 def test_fused_on_another_platform_is_the_plain_one(on_cpu):
@@ -183,6 +226,7 @@ def test_no_kernels_without_their_devices():
         ((3136, 96), False, True),
         ((3136, 96), True, False),  # not measured
         ((802816, 40), False, False),  # not a multiple of 16
+        ((0, 96), False, False),
     ],
 )
 def test_where_the_kernels_are_faster(shape, with_gradient, faster):
@@ -210,7 +254,6 @@ def test_block_is_the_same_by_either_way(train, scan, monkeypatch, on_cpu):
     (_, at_once), gradients_at_once = run(variables)
     assert asked
     assert all(how == {"with_gradient": train, "is_mapped": False} for how in asked)
-    jax.clear_caches()
     np.testing.assert_allclose(at_once, by_parts, rtol=1e-4, atol=1e-5)
     for a, b in zip(jax.tree.leaves(gradients_at_once), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
