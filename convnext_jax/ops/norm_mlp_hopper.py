@@ -299,7 +299,7 @@ def backward_of_hidden(
     epsilon: float,
     interpret: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """As `backward`, for rows of any width, by XLA's products and `through_gelu`.
+    """As `backward`, for rows of any width, by XLA's products, `through_gelu` and `through_norm`.
 
     `h` is `norm(u) @ w1 + b1`, (rows, 4 width), the dtype of `u`.
     """
