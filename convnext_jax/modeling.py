@@ -14,6 +14,7 @@ Randomness comes from the stream "drop_path" alone:
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -103,6 +104,17 @@ class ConvNextModule(nn.Module):
             param_dtype=self.param_dtype,
             name=name,
         )
+
+    @nn.nowrap
+    def _drop_path_gain(self, samples: int, rate: float | Sequence[float]) -> jax.Array:
+        """`ops.drop_path_gain` by a key of the stream "drop_path", of at least f32."""
+        if not self.has_rng("drop_path"):
+            raise InputError(
+                f"train=True with drop_path_rate={self.config.drop_path_rate} needs a key: "
+                'give rngs={"drop_path": key} to apply'
+            )
+        key, dtype = self.make_rng("drop_path"), jnp.result_type(float)
+        return ops.drop_path_gain(samples, rate, key, self.axis_name, dtype)
 
 
 class LayerNorm(nn.Module):
@@ -251,11 +263,11 @@ class ConvNextLayer(ConvNextModule):
         Args:
           x: the map.
           train: whether samples are dropped.
-          gain: (N,), what `drop_path_gain` gave; None calls it.
+          gain: (N,), what `ops.drop_path_gain` gave; None calls it.
         """
         width = x.shape[-1]
         if gain is None and train and self.drop_path_rate > 0:
-            gain = self.drop_path_gain(x.shape[0])
+            gain = self._drop_path_gain(x.shape[0], self.drop_path_rate)
         y = checkpoint_name(DepthwiseConv(**self.shared, name="dwconv")(x), "conv")
         if self._is_fused(x, y, train):
             return ops.norm_mlp(
@@ -307,19 +319,6 @@ class ConvNextLayer(ConvNextModule):
             second["bias"], params["layer_scale_parameter"],
         )  # fmt: skip
 
-    def drop_path_gain(self, samples: int) -> jax.Array:
-        """What drop path multiplies this block's result with: (samples,), at least f32.
-
-        Draws a key of the stream "drop_path".
-        """
-        if not self.has_rng("drop_path"):
-            raise InputError(
-                f"train=True with drop_path_rate={self.config.drop_path_rate} needs a key: "
-                'give rngs={"drop_path": key} to apply'
-            )
-        key, dtype = self.make_rng("drop_path"), jnp.result_type(float)
-        return ops.drop_path_gain(samples, self.drop_path_rate, key, self.axis_name, dtype)
-
 
 # Traced, differentiated and lowered once for all blocks that differ in their arrays alone: jit
 # keeps what it traced by the static arguments and the shapes of the others, as long as the process.
@@ -364,6 +363,9 @@ class ConvNextStage(ConvNextModule):
                 **self.shared, features=features, sides=(2, 2), name="downsampling_layer_1"
             )(x)
         rates = drop_path_rates(self.config)[self.index]
+        gains = [None] * len(rates)
+        if train and max(rates) > 0:  # also where the rate is 0: so all blocks are one program
+            gains = list(self._drop_path_gain(x.shape[0], rates).T)
         policy = None if self.remat else KEPT
         block = nn.remat(ConvNextLayer, static_argnums=(2,), policy=policy)
         blocks = [
@@ -372,8 +374,8 @@ class ConvNextStage(ConvNextModule):
         ]
         # What writes parameters or intermediates has to be part of this module.
         if self.is_initializing() or self.is_mutable_collection("intermediates"):
-            for block in blocks:
-                x = block(x, train)
+            for block, gain in zip(blocks, gains, strict=True):
+                x = block(x, train, gain)
             return x
 
         params = self.variables.get("params", {})
@@ -383,9 +385,6 @@ class ConvNextStage(ConvNextModule):
                 f"another network than this one with depths={tuple(self.config.depths)}"
             )
         own = [params[block.name] for block in blocks]
-        gains = [None] * len(blocks)
-        if train and max(rates) > 0:  # also where the rate is 0: so all blocks are one program
-            gains = [block.drop_path_gain(x.shape[0]) for block in blocks]
         shared = functools.partial(
             _block, layer=ConvNextLayer(**self.shared, parent=None), train=train
         )

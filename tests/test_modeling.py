@@ -635,6 +635,14 @@ def test_drop_path_follows_the_key():
     assert not np.array_equal(first, other)
 
 
+def test_drop_path_is_that_of_a_look_inside():
+    model, variables = small(ConvNextModel, SMALL.replace(drop_path_rate=0.5))
+    pictures, rngs = np.repeat(PICTURES, 8, 0), {"drop_path": jax.random.key(0)}
+    seen = run(model, variables, pictures, train=True, rngs=rngs)
+    looked, _ = run(model, variables, pictures, train=True, rngs=rngs, mutable="intermediates")
+    np.testing.assert_allclose(looked.pooler_output, seen.pooler_output, rtol=1e-5, atol=1e-6)
+
+
 def test_drop_path_does_not_depend_on_the_number_of_devices():
     code = """
         import jax, jax.numpy as jnp, numpy as np

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 
 def drop_path_gain(
     samples: int,
-    rate: float,
+    rate: float | Sequence[float],
     key: jax.Array,
     axis_name: str | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -20,18 +21,20 @@ def drop_path_gain(
 
     Args:
       samples: of the batch on this device.
-      rate: probability of dropping a sample, 0 <= rate < 1.
-      key: the PRNG key of this block and step; the same on every device.
+      rate: probability of dropping a sample, 0 <= rate < 1; or that of each of several blocks, all
+        of whose masks are then drawn at once.
+      key: the PRNG key of the blocks and the step; the same on every device.
       axis_name: when the batch is split over this mapped axis, its name. The mask is then drawn for
         the whole batch and each device takes its part, so that the result does not depend on the
         number of devices.
       dtype: of the result.
 
     Returns:
-      (samples,).
+      (samples,), or (samples, blocks).
     """
-    keep = own_part(lambda n: jax.random.bernoulli(key, 1.0 - rate, (n,)), samples, axis_name)
-    return jnp.where(keep, jnp.asarray(1.0 / (1.0 - rate), dtype), jnp.asarray(0, dtype))
+    kept = 1.0 - np.asarray(rate, np.float64)
+    keep = own_part(lambda n: jax.random.bernoulli(key, kept, (n, *kept.shape)), samples, axis_name)
+    return jnp.where(keep, jnp.asarray(1.0 / kept, dtype), jnp.asarray(0, dtype))
 
 
 def own_part(draw: Callable[[int], jax.Array], local: int, axis_name: str | None) -> jax.Array:

@@ -62,6 +62,7 @@ def _product(x: jax.Array, kernel: jax.Array, *, precision: lax.PrecisionLike) -
     (down, across), (batch, height, width, channels) = kernel.shape[:2], x.shape
     rows, columns = height // down, width // across
     x = x[:, : rows * down, : columns * across]
-    x = x.reshape(batch, rows, down, columns, across, channels).swapaxes(2, 3)
+    # A patch's row as one axis: XLA's CPU backend copies the innermost axis by itself.
+    x = x.reshape(batch, rows, down, columns, across * channels).swapaxes(2, 3)
     x = x.reshape(batch, rows, columns, down * across * channels)
     return jnp.dot(x, kernel.reshape(-1, kernel.shape[-1]), precision=precision)

@@ -39,6 +39,14 @@ def test_samples_are_independent():
     assert abs((seen[1:] == seen[:-1]).mean() - 0.5) < 0.02
 
 
+def test_each_of_several_blocks_has_its_rate():
+    rates, count = np.array([0.0, 0.2, 0.7]), 20_000
+    gains = np.asarray(drop_path_gain(count, rates, jax.random.key(0)))
+    assert gains.shape == (count, 3)
+    assert (np.abs((gains == 0).mean(0) - rates) <= 4 * np.sqrt(rates * (1 - rates) / count)).all()
+    np.testing.assert_array_equal(gains.max(0), (1 / (1 - rates)).astype(np.float32))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_the_dtype_is_that_asked_for(dtype):
     assert drop_path_gain(4, 0.5, jax.random.key(0), dtype=dtype).dtype == dtype

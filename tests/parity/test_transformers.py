@@ -129,9 +129,11 @@ def precision(request):
 @pytest.fixture
 def same_draws(monkeypatch):
     """Lets both sides drop the same paths: one row of uniform numbers a block."""
-    blocks = sum(TRAINING.config.depths) - 1  # the first block's rate is 0: it draws nothing
-    draws = np.random.default_rng(3).uniform(size=(blocks, TRAINING.pictures[0]))
-    ours, theirs = itertools.cycle(draws), itertools.cycle(draws)
+    depths = TRAINING.config.depths[1:]  # the first stage's rate is 0: it draws nothing
+    draws = np.random.default_rng(3).uniform(size=(sum(depths), TRAINING.pictures[0]))
+    # Here, a stage's blocks draw together.
+    ours = itertools.cycle(np.split(draws.T, np.cumsum(depths)[:-1], axis=1))
+    theirs = itertools.cycle(draws)
     monkeypatch.setattr(
         jax.random, "bernoulli", lambda key, keep, shape: jnp.floor(keep + next(ours)) == 1
     )
@@ -335,7 +337,9 @@ def test_a_mutation_of_the_drop_path_scale_is_seen(
 ):
     right = modeling.ops.drop_path_gain
     monkeypatch.setattr(
-        modeling.ops, "drop_path_gain", lambda n, rate, *rest: right(n, rate, *rest) * (1 - rate)
+        modeling.ops,
+        "drop_path_gain",
+        lambda n, rates, *rest: right(n, rates, *rest) * (1 - np.asarray(rates)),
     )
     errors = compare(TRAINING, precision)
     record_worst(f"{precision}, with drop_path_scale", errors)
