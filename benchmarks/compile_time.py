@@ -16,10 +16,11 @@ the ratio is to plain linen's, round by round. "Process" is from starting Python
 result, imports and initial weights included. "Temporaries" are what the compiler says that the step
 needs beside its arguments.
 
-With `--topology`, which needs libtpu, the step is compiled for so many described devices, `--batch`
-pictures in all, and does not run. "Bytes accessed" is what the compiler counts for one device, with
-what lies in memory on the chip; "traffic" leaves that out. It counts the body of a loop once, so
-that there is no row for `scan`.
+With `--topology`, which needs libtpu, the step is compiled for so many described devices, mapped
+over them with `--batch` pictures in all, and does not run. "Bytes accessed" is what the compiler
+counts for one device, with what lies in memory on the chip; "traffic" leaves that out. Of a kernel
+both have what it reads and writes, each array once. It counts the body of a loop once, so that
+there is no row for `scan`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 CONTENDERS = ("plain linen", "convnext_jax", "convnext_jax-scan")
+AXIS = "batch"  # over which the step is mapped
 CLASSES = 1000
 DROP_PATH = 0.1
 LEARNING_RATE, WEIGHT_DECAY = 1e-4, 0.05
@@ -58,14 +60,14 @@ def training_step(options: argparse.Namespace) -> tuple[Callable, Callable]:
         **PRESETS[options.model], num_labels=CLASSES, drop_path_rate=DROP_PATH,
         image_size=options.size,
     )  # fmt: skip
-    dtype = jnp.dtype(options.dtype)
+    dtype, axis = jnp.dtype(options.dtype), AXIS if options.topology else None
     if options.contender == "plain linen":
         model = plain_linen.ConvNext(
             config.depths, config.hidden_sizes, CLASSES, DROP_PATH, dtype=dtype
         )
     else:
         model = ConvNextForImageClassification(
-            config, dtype=dtype, data_format="channels_last",
+            config, dtype=dtype, data_format="channels_last", axis_name=axis,
             scan=options.contender.endswith("-scan"),
         )  # fmt: skip
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -84,6 +86,8 @@ def training_step(options: argparse.Namespace) -> tuple[Callable, Callable]:
             return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
 
         gradients = jax.grad(loss)(params)
+        if axis is not None:
+            gradients = jax.lax.pmean(gradients, axis)
         updates, moments = optimizer.update(gradients, moments, params)
         return optax.apply_updates(params, updates), moments
 
@@ -132,14 +136,18 @@ def compile_for(options: argparse.Namespace) -> dict:
     from convnext_jax.training import ahead
 
     devices = ahead.describe(options.topology)
-    mesh = Mesh(np.array(devices), ("batch",))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    by_device = NamedSharding(mesh, PartitionSpec("batch"))
+    mesh = Mesh(np.array(devices), (AXIS,))
+    whole, parts = PartitionSpec(), PartitionSpec(AXIS)
+    everywhere = NamedSharding(mesh, whole)
+    by_device = NamedSharding(mesh, parts)
 
     def placed(x, sharding):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     initial_state, step = training_step(options)
+    step = jax.shard_map(
+        step, mesh=mesh, in_specs=(whole, parts, parts, whole), out_specs=whole, check_vma=False
+    )
     state = jax.tree.map(lambda x: placed(x, everywhere), jax.eval_shape(initial_state))
     shape = (options.batch, options.size, options.size, 3)
     pictures = jax.ShapeDtypeStruct(shape, jnp.dtype(options.dtype), sharding=by_device)

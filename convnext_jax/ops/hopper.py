@@ -31,9 +31,14 @@ def is_usable(x: jax.Array, is_mapped: bool) -> bool:
       is_mapped: whether this is within a `jax.pmap` or `jax.shard_map`. Elsewhere the program must
         be one of a single device, as XLA cannot split a kernel over several.
     """
+    return is_unsplit(x, is_mapped) and _are_there()
+
+
+def is_unsplit(x: jax.Array, is_mapped: bool) -> bool:
+    """Whether `x` lies on one device, and may go to a kernel; arguments as in `is_usable`."""
     # With `check_vma`, `jax.shard_map` wants to know more of a kernel than there is to know.
     varying = getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", ())
-    return (is_mapped or jax.device_count() == 1) and not varying and _are_there()
+    return (is_mapped or jax.device_count() == 1) and not varying
 
 
 @functools.cache

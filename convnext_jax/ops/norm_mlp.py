@@ -3,9 +3,10 @@
 One meaning, two implementations:
 
 - `plain`: JAX operations, differentiable in every mode and to every order.
-- `fused`: kernels for NVIDIA's Hopper GPUs, in bf16 (`norm_mlp_hopper.py`). Of narrow maps they
-  never write the hidden layer, four times as wide, to memory, and nothing but the map that is
-  normalized is kept for the gradient; of wide ones the hidden layer is, under the name "hidden".
+- `fused`: kernels in bf16, for NVIDIA's Hopper GPUs (`norm_mlp_hopper.py`) and for TPUs
+  (`norm_mlp_tpu.py`). They never write the hidden layer, four times as wide, to memory, and nothing
+  but the map that is normalized is kept for the gradient; of wide maps on a GPU the hidden layer
+  is, under the name "hidden".
 
 `benchmarks/ops.py` measures them.
 """
@@ -22,8 +23,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from convnext_jax.errors import InputError
+from convnext_jax.ops import hopper, tpu
 from convnext_jax.ops.activations import activation
-from convnext_jax.ops.hopper import is_usable
 from convnext_jax.ops.layer_norm import layer_norm
 
 Implementation = Literal["plain", "fused"]
@@ -96,7 +97,13 @@ def is_fused_faster(x: jax.Array, *, with_gradient: bool, is_mapped: bool) -> bo
       is_mapped: see `depthwise_conv`.
     """
     is_known = all(isinstance(side, int) for side in x.shape)
-    if x.dtype != jnp.bfloat16 or not is_known or not is_usable(x, is_mapped):
+    if x.dtype != jnp.bfloat16 or not is_known:
+        return False
+    if tpu.is_usable(x, is_mapped):
+        from convnext_jax.ops import norm_mlp_tpu
+
+        return norm_mlp_tpu.is_faster(x.shape)
+    if not hopper.is_usable(x, is_mapped):
         return False
     from convnext_jax.ops import norm_mlp_hopper as kernels
 
@@ -137,24 +144,41 @@ def _fused(
     gain: jax.Array | None,
     epsilon: float,
 ) -> jax.Array:
-    from convnext_jax.ops import norm_mlp_hopper as kernels
+    forms = {}
+    if tpu.is_target():
+        from convnext_jax.ops import norm_mlp_tpu
 
-    def fused(x, shortcut, weights, gain):
-        rows = _rows(x), _rows(shortcut), *map(_at_most_f32, weights), _by_row(gain, x)
-        return kernels.forward(*rows, epsilon=epsilon).reshape(x.shape)
+        def on_tpu(x, shortcut, weights, gain):
+            narrow = map(_at_most_f32, weights)
+            return norm_mlp_tpu.forward(x, shortcut, *narrow, gain, epsilon=epsilon)
 
+        if norm_mlp_tpu.is_possible(_rows_shape(x)):
+            forms["tpu"] = on_tpu
+    else:
+        from convnext_jax.ops import norm_mlp_hopper
+
+        def on_hopper(x, shortcut, weights, gain):
+            rows = _rows(x), _rows(shortcut), *map(_at_most_f32, weights), _by_row(gain, x)
+            return norm_mlp_hopper.forward(*rows, epsilon=epsilon).reshape(x.shape)
+
+        if norm_mlp_hopper.forward_tiles(_rows_shape(x)):
+            forms["cuda"] = on_hopper
     plain = functools.partial(_plain, epsilon=epsilon)
-    forms = {"cuda": fused} if kernels.forward_tiles(_rows_shape(x)) else {}
     return lax.platform_dependent(x, shortcut, weights, gain, **forms, default=plain)
 
 
 def _fused_forward(x, shortcut, weights, gain, epsilon):
-    from convnext_jax.ops import norm_mlp_hopper as kernels
-
-    if kernels.backward_tiles(_rows_shape(x)):
+    if tpu.is_target() or _is_hidden_again(x):
         return _fused(x, shortcut, weights, gain, epsilon), (x, weights, gain, None)
     h = checkpoint_name(_hidden(x, weights, epsilon), "hidden")
     return _output(h, shortcut, weights, gain), (x, weights, gain, h)
+
+
+def _is_hidden_again(x: jax.Array) -> bool:
+    """Whether a Hopper GPU computes the hidden layer again for the gradient, or it is kept."""
+    from convnext_jax.ops import norm_mlp_hopper
+
+    return norm_mlp_hopper.backward_tiles(_rows_shape(x)) is not None
 
 
 def _fused_backward(epsilon, saved, g):
@@ -174,25 +198,45 @@ def _fused_gradients(
     epsilon: float,
 ) -> tuple[jax.Array, NormMlpWeights]:
     """Those of `x` and the weights; `h` is the hidden layer before the GELU, where it was kept."""
-    from convnext_jax.ops import norm_mlp_hopper as kernels
+    forms = {}
+    if tpu.is_target():
+        from convnext_jax.ops import norm_mlp_tpu
 
-    def fused(x, weights, gain, h, g):
-        if gain is not None:  # in f32, as the other direction has it
-            wide = gain.astype(jnp.float32)[:, None, None, None]
-            g = (g.astype(jnp.float32) * wide).astype(g.dtype)
-        rows = _rows(x), _rows(g), *map(_at_most_f32, weights)
-        if h is None:
-            dx, *gradients = kernels.backward(*rows, epsilon=epsilon)
-        else:
-            dx, *gradients = kernels.backward_of_hidden(_rows(h), *rows, epsilon=epsilon)
-        gradients = (d.astype(w.dtype) for d, w in zip(gradients, weights, strict=True))
-        return dx.reshape(x.shape), NormMlpWeights(*gradients)
+        def on_tpu(x, weights, gain, h, g):
+            narrow = map(_at_most_f32, weights)
+            dx, *gradients = norm_mlp_tpu.backward(x, g, *narrow, gain, epsilon=epsilon)
+            return dx, _like(weights, gradients)
+
+        if norm_mlp_tpu.is_possible(_rows_shape(x)):
+            forms["tpu"] = on_tpu
+    else:
+        from convnext_jax.ops import norm_mlp_hopper
+
+        def on_hopper(x, weights, gain, h, g):
+            if gain is not None:  # in f32, as the other direction has it
+                wide = gain.astype(jnp.float32)[:, None, None, None]
+                g = (g.astype(jnp.float32) * wide).astype(g.dtype)
+            rows = _rows(x), _rows(g), *map(_at_most_f32, weights)
+            if h is None:
+                dx, *gradients = norm_mlp_hopper.backward(*rows, epsilon=epsilon)
+            else:
+                dx, *gradients = norm_mlp_hopper.backward_of_hidden(
+                    _rows(h), *rows, epsilon=epsilon
+                )
+            return dx.reshape(x.shape), _like(weights, gradients)
+
+        if norm_mlp_hopper.is_possible(_rows_shape(x)):
+            forms["cuda"] = on_hopper
 
     def plain(x, weights, gain, h, g):
         return _plain_gradients(x, weights, gain, g, epsilon)
 
-    forms = {"cuda": fused} if kernels.is_possible(_rows_shape(x)) else {}
     return lax.platform_dependent(x, weights, gain, h, g, **forms, default=plain)
+
+
+def _like(weights: NormMlpWeights, gradients: list[jax.Array]) -> NormMlpWeights:
+    """The gradients in the dtypes of the weights."""
+    return NormMlpWeights(*(d.astype(w.dtype) for d, w in zip(gradients, weights, strict=True)))
 
 
 def _plain_gradients(

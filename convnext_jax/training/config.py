@@ -46,6 +46,7 @@ def default_config() -> ConfigDict:
     )
     config.dtype = "float32"  # of the computation: "float32" or "bfloat16"; parameters stay f32
     config.remat = False  # compute whole blocks again in the backward pass: less memory, more time
+    config.kernels = True  # the fastest form of each operation; False: XLA's own ones alone
     config.scan = False  # run the blocks of a stage as a loop: compiles sooner, runs slower
 
     # Fine-tuning.

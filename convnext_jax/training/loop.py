@@ -51,10 +51,12 @@ from convnext_jax.training.results import write_results
 from convnext_jax.training.step import TrainState, init_state
 from convnext_jax.training.unreadable import UnreadableExamples
 
-# What may differ when a run is continued, because the result does not depend on it.
+# What may differ when a run is continued, because the result does not depend on it, or by rounding
+# alone.
 FREE_SETTINGS = {
-    "failed_save", "keep_checkpoints", "loader_workers", "log_every_steps", "log_example_ids",
-    "max_skipped_steps", "max_unreadable", "parallelism", "plan_classes", "plan_examples",
+    "failed_save", "keep_checkpoints", "kernels", "loader_workers", "log_every_steps",
+    "log_example_ids", "max_skipped_steps", "max_unreadable", "parallelism", "plan_classes",
+    "plan_examples",
 }  # fmt: skip
 
 # Where the state and the batch go that a run ended with whose loss was not finite.

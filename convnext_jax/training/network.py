@@ -35,6 +35,7 @@ def initial_model(
     options = {
         "dtype": DTYPES[config.dtype], "data_format": "channels_last", "axis_name": AXIS,
         "remat": config.remat, "scan": config.scan,
+        "implementation": None if config.kernels else "plain",
     }  # fmt: skip
     fields = config.model.to_dict()
     described = bool(fields["depths"])

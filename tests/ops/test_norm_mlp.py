@@ -1,6 +1,6 @@
 """LayerNorm, MLP, layer scale, drop path and residual as one operation: both implementations."""
 
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from scipy.special import erf
 
 from convnext_jax import ConvNextConfig, modeling, ops
 from convnext_jax.errors import InputError
-from convnext_jax.ops import hopper
+from convnext_jax.ops import hopper, norm_mlp_tpu
 from convnext_jax.ops import norm_mlp_hopper as kernels
 from convnext_jax.ops.norm_mlp import NormMlpWeights
 
@@ -94,27 +95,33 @@ def test_plain_is_the_definition():
         np.testing.assert_allclose((np.asarray(gradient) * direction).sum(), slope, rtol=1e-7)
 
 
+def by_plain_arithmetic(x, shortcut, g, weights, gain):
+    """Result and gradients, of x and the weights, of arrays of bf16: in f64, and in bf16."""
+
+    def plain(x, shortcut, weights):
+        factors = None if gain is None else gain.astype(x.dtype)
+        return ops.norm_mlp(
+            x, shortcut, weights, factors, epsilon=EPSILON, implementation="plain"
+        )  # fmt: skip
+
+    with jax.enable_x64(True):
+        for dtype in (jnp.float64, jnp.bfloat16):
+            maps = [jnp.asarray(np.asarray(v, np.float64), dtype) for v in (x, shortcut, g)]
+            y, gradients = jax.vjp(plain, *maps[:2], NormMlpWeights(*map(dtype, weights)))
+            dx, _, of_weights = gradients(maps[2])
+            yield y, (dx, *of_weights)
+
+
 # Widths that are cut into several parts; rows that do not fill the last block, and that do.
 @pytest.mark.parametrize(("width", "sides"), [(96, (5, 9)), (48, (16, 8)), (64, (3, 1))])
 def test_kernels_err_less_than_plain_arithmetic(width, sides):
     shape = (2, *sides, width)
     weights, gain = weights_of(width), np.array([0.5, 1 / 0.9])
     half = [jnp.asarray(numbers(shape, seed=i), jnp.bfloat16) for i in range(3)]
-    x, shortcut, g = half
-    with jax.enable_x64(True):
-        wide = [jnp.asarray(np.asarray(v, np.float64)) for v in half]
-
-        def plain(x, shortcut, weights):
-            return ops.norm_mlp(
-                x, shortcut, weights, gain.astype(x.dtype), epsilon=EPSILON, implementation="plain"
-            )
-
-        weights = jax.tree.map(jnp.asarray, weights)
-        expected, gradients = jax.vjp(plain, *wide[:2], weights)
-        expected_gradients = gradients(wide[2])
-        narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights)
-        theirs, gradients = jax.vjp(plain, x, shortcut, narrow)
-        their_gradients = gradients(g)
+    x = half[0]
+    (expected, expected_gradients), (theirs, their_gradients) = by_plain_arithmetic(
+        *half, weights, gain
+    )
     narrow = NormMlpWeights(*(jnp.asarray(w, jnp.bfloat16) for w in weights))
     rows = [v.reshape(-1, width) for v in half]
     by_row = jnp.repeat(jnp.asarray(gain, jnp.float32), sides[0] * sides[1])
@@ -126,8 +133,6 @@ def test_kernels_err_less_than_plain_arithmetic(width, sides):
     scaled = (rows[2] * by_row[:, None]).astype(jnp.bfloat16)
     h = norm_mlp._hidden(x, narrow, EPSILON).reshape(-1, 4 * width)
     names = ("x", *NormMlpWeights._fields)
-    expected_gradients = (expected_gradients[0], *expected_gradients[2])
-    their_gradients = (their_gradients[0], *their_gradients[2])
     for dx, *of_weights in (
         kernels.backward(
             rows[0], scaled, *narrow, tiles=kernels.backward_tiles((1, width)), **how
@@ -139,6 +144,93 @@ def test_kernels_err_less_than_plain_arithmetic(width, sides):
             names, ours, their_gradients, expected_gradients, strict=True
         ):
             assert error(mine, best) < max(1.1 * error(theirs, best), 4.2e-3), name
+
+
+# All of the hidden layer at a time, and a part; rows that do not fill the last block, and that do.
+@pytest.mark.parametrize(
+    ("width", "sides", "with_gain"), [(96, (5, 9), True), (192, (5, 9), False), (128, (4, 8), True)]
+)
+def test_kernels_of_tpus_err_less_than_plain_arithmetic(width, sides, with_gain, monkeypatch):
+    monkeypatch.setattr(norm_mlp_tpu, "ROWS", 32)
+    shape, gain = (2, *sides, width), np.array([0.5, 1 / 0.9]) if with_gain else None
+    weights = weights_of(width)
+    x, shortcut, g = (jnp.asarray(numbers(shape, seed=i), jnp.bfloat16) for i in range(3))
+    (expected, expected_gradients), (theirs, their_gradients) = by_plain_arithmetic(
+        x, shortcut, g, weights, gain
+    )
+    narrow = [jnp.asarray(w, jnp.bfloat16) for w in weights]
+    gain = None if gain is None else jnp.asarray(gain, jnp.float32)
+    # Of memory that was not written, and of rows that are not there, NaN is read.
+    interpret = pltpu.InterpretParams(
+        uninitialized_memory="nan", out_of_bounds_reads="uninitialized"
+    )
+    how = {"epsilon": EPSILON, "interpret": interpret}
+    ours = norm_mlp_tpu.forward(x, shortcut, *narrow, gain, **how)
+    assert ours.dtype == jnp.bfloat16
+    assert error(ours, expected) < error(theirs, expected) < 5e-3
+    gradients = norm_mlp_tpu.backward(x, g, *narrow, gain, **how)
+    names = ("x", *NormMlpWeights._fields)
+    for name, mine, their, best in zip(
+        names, gradients, their_gradients, expected_gradients, strict=True
+    ):
+        assert error(mine, best) < min(error(their, best), 4.2e-3), name
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, which compiles for TPUs, is not installed",
+)
+def test_kernels_in_a_program_for_tpus():
+    """Both directions of narrow blocks where they are mapped; none where XLA would split them."""
+    program = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from convnext_jax import ConvNextConfig, ConvNextModel
+from convnext_jax.training import ahead
+config = ConvNextConfig(
+    hidden_sizes=(96, 256, 512), depths=(2, 1, 1), num_stages=3, drop_path_rate=0.5, image_size=64
+)
+mesh = Mesh(np.array(ahead.describe("v5e:2x2")), "b")
+def placed(x, *axes):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*axes)))
+model = ConvNextModel(config, dtype=jnp.bfloat16)
+variables = jax.tree.map(placed, jax.eval_shape(model.init_variables, jax.random.key(0)))
+pictures = placed(jnp.zeros((64, 3, 64, 64), jnp.bfloat16), "b")
+def gradient(axis):
+    def loss(variables, pictures):
+        key = {"drop_path": jax.random.key(1)}
+        out = model.clone(axis_name=axis).apply(variables, pictures, train=True, rngs=key)
+        return out.pooler_output.sum()
+    return jax.grad(loss)
+mapped = jax.shard_map(
+    gradient("b"), mesh=mesh, in_specs=(P(), P("b")), out_specs=P(), check_vma=False
+)
+for function in (mapped, gradient(None)):
+    text = jax.jit(function).lower(variables, pictures).compile().as_text()
+    print(text.count('custom_call_target="tpu_custom_call"'))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, text=True, capture_output=True
+    )
+    assert done.stdout.split() == ["6", "0"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "possible"),
+    [((200704, 96), True), ((49, 1024), True), ((64, 8), True), ((64, 1536), False),
+     ((64, 136), False), ((64, 12), False), ((0, 96), False)],
+)  # fmt: skip
+def test_what_the_kernels_of_tpus_can_take(shape, possible):
+    assert norm_mlp_tpu.is_possible(shape) is possible
+
+
+@pytest.mark.parametrize(
+    ("shape", "faster"),
+    [((64, 56, 56, 96), True), ((16, 28, 28, 256), True), ((64, 14, 14, 384), False),
+     ((24, 56, 56, 96), False)],
+)  # fmt: skip
+def test_where_the_kernels_of_tpus_should_be_faster(shape, faster):
+    assert norm_mlp_tpu.is_faster(shape) is faster
 
 
 def test_no_rows_are_read_or_written_that_are_not_there():

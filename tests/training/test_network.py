@@ -42,6 +42,8 @@ def test_from_scratch():
     _, plain = initial_model(settings(), ("a", "b"), KEY)
     assert model.config.id2label == {0: "a", 1: "b"}
     assert_equal(params["convnext"], plain["convnext"])
+    assert model.implementation is None
+    assert initial_model(settings(kernels=False), ("a", "b"), KEY)[0].implementation == "plain"
     np.testing.assert_array_equal(
         params["classifier"]["kernel"], 0.5 * plain["classifier"]["kernel"]
     )
