@@ -73,6 +73,9 @@ MLP_SHAPES = (
 # Bytes, f32 additions and multiplications, and bf16 ones of matrix products, a second; NVIDIA's
 # data sheets.
 CHIPS = {"H100": (3.35e12, 67e12, 989e12), "H200": (4.8e12, 67e12, 989e12)}
+# Positions of a map, beyond which a channel's matrix is not tried: giving gigabytes back to the
+# system is long work, which the next contender would wait for.
+LARGEST_MATRIX = 16 * 16
 WARM_UP, ROUNDS, SECONDS = 2, 15, 6.0
 CALLS = {"cpu": 1, "gpu": 50}
 
@@ -129,7 +132,10 @@ def convolution_rows(shape: tuple[int, ...], dtype: str) -> list[dict]:
     arguments = [
         jnp.asarray(rng.standard_normal(s), dtype) for s in (shape, kernel_shape, shape)
     ]  # fmt: skip
-    contenders = {name: convolutions(name) for name in CONTENDERS[jax.default_backend()]}
+    names = CONTENDERS[jax.default_backend()]
+    if shape[1] * shape[2] > LARGEST_MATRIX:
+        names = [name for name in names if name != "toeplitz"]
+    contenders = {name: convolutions(name) for name in names}
     maps = math.prod(shape)
     least = floor(2 * maps, jnp.dtype(dtype).itemsize, 2 * KERNEL_SIZE**2 * maps, 0)
     return compare(contenders, arguments, {"shape": shape, "dtype": dtype, "floor ms": least})

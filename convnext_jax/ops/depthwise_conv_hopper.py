@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from convnext_jax.ops.hopper import in_32_bits
+from convnext_jax.ops.kernels import in_32_bits
 
 _MULTIPROCESSORS = 132  # of an H100; on another GPU only the choice of blocks suffers
 

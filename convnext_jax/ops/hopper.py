@@ -6,39 +6,19 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 
-
-def in_32_bits(function: Callable) -> Callable:
-    """The function with JAX's 64 bits switched off, which the kernels' positions do not need."""
-
-    @functools.wraps(function)
-    def wrapped(*args, **kwargs):
-        with jax.enable_x64(False):
-            return function(*args, **kwargs)
-
-    return wrapped
+from convnext_jax.ops.kernels import is_unsplit, work
 
 
 def is_usable(x: jax.Array, is_mapped: bool) -> bool:
     """Whether a kernel may take `x`, on the devices of this process and in the program at hand.
 
-    Args:
-      x: an array, or one that is traced.
-      is_mapped: whether this is within a `jax.pmap` or `jax.shard_map`. Elsewhere the program must
-        be one of a single device, as XLA cannot split a kernel over several.
+    Arguments as in `kernels.is_unsplit`.
     """
     return is_unsplit(x, is_mapped) and _are_there()
-
-
-def is_unsplit(x: jax.Array, is_mapped: bool) -> bool:
-    """Whether `x` lies on one device, and may go to a kernel; arguments as in `is_usable`."""
-    # With `check_vma`, `jax.shard_map` wants to know more of a kernel than there is to know.
-    varying = getattr(getattr(jax.typeof(x), "manual_axis_type", None), "varying", ())
-    return (is_mapped or jax.device_count() == 1) and not varying
 
 
 @functools.cache
@@ -60,12 +40,7 @@ def _are_there() -> bool:
         names = ", ".join(sorted(kind for kind, _ in kinds))
         log.info("ConvNeXt's kernels are for NVIDIA's Hopper GPUs: not used on %s", names)
         return False
-    try:
-        # In a thread of its own, which knows nothing of the transformation that asks.
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(_try).result()
-    except Exception as error:  # whatever another version of jax may raise
-        log.warning("ConvNeXt runs without its kernels (%s)", " ".join(str(error).split())[:200])
+    if not work(_try):
         return False
     warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
     return True

@@ -8,7 +8,7 @@ One meaning, two implementations:
   but the map that is normalized is kept for the gradient; of wide maps on a GPU the hidden layer
   is, under the name "hidden".
 
-`benchmarks/ops.py` measures them.
+`benchmarks/ops.py` measures them, but for those of TPUs, which no one has run.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def norm_mlp(
 
 
 def is_fused_faster(x: jax.Array, *, with_gradient: bool, is_mapped: bool) -> bool:
-    """Whether "fused" is there, and the faster one, on the devices of this process.
+    """Whether "fused" is there, and the faster one, on the devices of the program at hand.
 
     Args:
       x: (N, H, W, C), what is normalized; may be traced.

@@ -29,7 +29,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from convnext_jax.ops.hopper import in_32_bits
+from convnext_jax.ops.kernels import in_32_bits
 from convnext_jax.ops.layer_norm import layer_norm
 
 F32 = jnp.float32

@@ -7,7 +7,8 @@ memory. A step of the kernel takes some hundred rows through all of it, a few co
 layer at a time, with all weights in the memory on the chip. Backward, the hidden layer is computed
 again, and the weights' gradients are summed on the chip from step to step.
 
-For TPUs, in Pallas lowered to Mosaic. Never run on one: compiled, and run as plain JAX operations.
+For TPUs, in Pallas lowered to Mosaic. Never run on one: compiled, and simulated. So where there is
+a TPU, `tpu.py` compares their numbers with the plain form's before they are used.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from convnext_jax.ops.activations import _normal_distribution
-from convnext_jax.ops.hopper import in_32_bits
+from convnext_jax.ops.kernels import in_32_bits
 
 F32 = jnp.float32
 ROWS = 512  # of a step
@@ -41,7 +42,8 @@ def is_faster(shape: tuple[int, int, int, int]) -> bool:
 
     A product of the MLP takes 8 C operations for each 10 bytes that XLA moves, and a v5e 240 in the
     time of one: of wider maps memory is no bound, and the hidden layer would be computed again for
-    nothing. Examples that do not fill a tile of 16 are kept in another order, and would be copied.
+    nothing. (A v6e has more for a byte: there, wider ones may gain, too.) Examples that do not fill
+    a tile of 16 are kept in another order, and would be copied.
     """
     examples, height, width, channels = shape
     possible = is_possible((examples * height * width, channels))

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from convnext_jax.data import sources
 from convnext_jax.errors import InputError
 from convnext_jax.modeling import ConvNextForImageClassification
+from convnext_jax.ops import tpu
 from convnext_jax.training import parallel
 from convnext_jax.training.config import check
 from convnext_jax.training.network import AXIS, initial_model
@@ -130,8 +131,9 @@ def lower(
     check(config)
     plan = Plan(config, examples, len(devices))
     model, params = _network(config, classes)
-    if jax.default_backend() == "gpu" != devices[0].platform:  # which have not its kernels
-        model = model.clone(implementation="plain")
+    device = devices[0]
+    if jax.default_backend() == "gpu" != device.platform and device.device_kind not in tpu.KINDS:
+        model = model.clone(implementation="plain")  # the kernels of this GPU are not for them
     optimizer, _ = run_optimizer(config, plan, params)
     layout = parallel.layout(config.parallelism, devices)
     by_device = NamedSharding(layout.mesh, PartitionSpec(AXIS))

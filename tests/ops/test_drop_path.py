@@ -47,6 +47,11 @@ def test_each_of_several_blocks_has_its_rate():
     np.testing.assert_array_equal(gains.max(0), (1 / (1 - rates)).astype(np.float32))
 
 
+def test_blocks_are_independent():
+    first, second = np.asarray(drop_path_gain(10_000, (0.5, 0.5), jax.random.key(0))).T
+    assert abs((first == second).mean() - 0.5) < 0.02
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_the_dtype_is_that_asked_for(dtype):
     assert drop_path_gain(4, 0.5, jax.random.key(0), dtype=dtype).dtype == dtype

@@ -1,5 +1,6 @@
 """LayerNorm, MLP, layer scale, drop path and residual as one operation: both implementations."""
 
+import functools
 import importlib.util
 import os
 import subprocess
@@ -14,7 +15,7 @@ from scipy.special import erf
 
 from convnext_jax import ConvNextConfig, modeling, ops
 from convnext_jax.errors import InputError
-from convnext_jax.ops import hopper, norm_mlp_tpu
+from convnext_jax.ops import hopper, norm_mlp_tpu, tpu
 from convnext_jax.ops import norm_mlp_hopper as kernels
 from convnext_jax.ops.norm_mlp import NormMlpWeights
 
@@ -183,6 +184,7 @@ def test_kernels_of_tpus_err_less_than_plain_arithmetic(width, sides, with_gain,
 def test_kernels_in_a_program_for_tpus():
     """Both directions of narrow blocks where they are mapped; none where XLA would split them."""
     program = """
+import functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from convnext_jax import ConvNextConfig, ConvNextModel
@@ -202,17 +204,66 @@ def gradient(axis):
         out = model.clone(axis_name=axis).apply(variables, pictures, train=True, rngs=key)
         return out.pooler_output.sum()
     return jax.grad(loss)
-mapped = jax.shard_map(
-    gradient("b"), mesh=mesh, in_specs=(P(), P("b")), out_specs=P(), check_vma=False
-)
-for function in (mapped, gradient(None)):
-    text = jax.jit(function).lower(variables, pictures).compile().as_text()
-    print(text.count('custom_call_target="tpu_custom_call"'))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], check=True, text=True, capture_output=True
+def mapped(mesh, **how):
+    return jax.shard_map(
+        gradient("b"), mesh=mesh, in_specs=(P(), P("b")), out_specs=P(), check_vma=False, **how
     )
-    assert done.stdout.split() == ["6", "0"]
+def kernels(function, mesh):
+    with jax.set_mesh(mesh):
+        text = jax.jit(function).lower(variables, pictures).compile().as_text()
+    print(text.count('custom_call_target="tpu_custom_call"'))
+two = Mesh(mesh.devices.reshape(2, 2), ("b", "m"))
+kernels(mapped(mesh), mesh)
+kernels(gradient(None), mesh)
+kernels(mapped(two, axis_names={"b"}), two)
+"""
+    done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["6", "0", "0"]
+
+
+def test_kernels_of_tpus_are_given_what_is_theirs(monkeypatch):
+    """The operation on a TPU, its kernels simulated, is the plain one."""
+    width = 96
+    shape, gain = (16, 2, 3, width), jnp.arange(16.0) / 8
+    x, shortcut, g = (jnp.asarray(numbers(shape, seed=i), jnp.bfloat16) for i in range(3))
+    weights = NormMlpWeights(*(jnp.asarray(w, jnp.bfloat16) for w in weights_of(width)))
+
+    def run(implementation):
+        def function(x, shortcut, weights):
+            return ops.norm_mlp(
+                x, shortcut, weights, gain, epsilon=EPSILON, implementation=implementation
+            )
+
+        def all_of_it(x, shortcut, weights, g):
+            y, gradients = jax.vjp(function, x, shortcut, weights)
+            return y, *gradients(g)
+
+        return jax.jit(all_of_it)(x, shortcut, weights, g)
+
+    def as_on_tpu(*inputs, default, tpu):
+        return tpu(*inputs)
+
+    theirs = run("plain")
+    monkeypatch.setattr(norm_mlp.tpu, "is_target", lambda: True)
+    monkeypatch.setattr(norm_mlp.lax, "platform_dependent", as_on_tpu)
+    for name in ("forward", "backward"):
+        kernel = getattr(norm_mlp_tpu, name)
+        monkeypatch.setattr(
+            norm_mlp_tpu, name, functools.partial(kernel, interpret=pltpu.InterpretParams())
+        )
+    ours = run("fused")
+    for mine, their in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert mine.dtype == their.dtype
+        assert error(mine, their) < 0.02
+
+
+def test_kernels_of_tpus_whose_numbers_are_off_are_not_used(monkeypatch):
+    tpu.compare(interpret=True)
+    right = norm_mlp_tpu._gelu
+    monkeypatch.setattr(norm_mlp_tpu, "_gelu", lambda h: 1.1 * right(h))
+    with pytest.raises(RuntimeError, match="off: the gradient of x by 0"):
+        tpu.compare(interpret=True)
 
 
 @pytest.mark.parametrize(
