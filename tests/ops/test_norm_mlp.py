@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec as P
 from scipy.special import erf
 
 from convnext_jax import ConvNextConfig, modeling, ops
 from convnext_jax.errors import InputError
 from convnext_jax.ops import hopper, norm_mlp_tpu, tpu
 from convnext_jax.ops import norm_mlp_hopper as kernels
+from convnext_jax.ops.kernels import is_unsplit
 from convnext_jax.ops.norm_mlp import NormMlpWeights
 
 EPSILON = 1e-6
@@ -220,6 +222,22 @@ kernels(mapped(two, axis_names={"b"}), two)
     done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == ["6", "0", "0"]
+
+
+def test_no_kernel_where_xla_splits_along_an_axis():
+    seen = []
+
+    def look(x):
+        seen.append(is_unsplit(x, is_mapped=True))
+        return x
+
+    x = jnp.zeros((4, 2))
+    for axes, manual in ((("b",), {"b"}), (("b", "m"), {"b"}), (("b", "m"), {"b", "m"})):
+        kinds = (jax.sharding.AxisType.Auto,) * len(axes)
+        mesh = jax.sharding.AbstractMesh((2,) * len(axes), axes, axis_types=kinds)
+        how = {"in_specs": P("b"), "out_specs": P("b"), "check_vma": False, "axis_names": manual}
+        jax.eval_shape(jax.shard_map(look, mesh=mesh, **how), x)
+    assert seen == [True, False, True]
 
 
 def test_kernels_of_tpus_are_given_what_is_theirs(monkeypatch):
