@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import jax
@@ -149,8 +150,8 @@ def _fused(
         from convnext_jax.ops import norm_mlp_tpu
 
         def on_tpu(x, shortcut, weights, gain):
-            narrow = map(_at_most_f32, weights)
-            return norm_mlp_tpu.forward(x, shortcut, *narrow, gain, epsilon=epsilon)
+            narrow = jax.tree.map(_at_most_f32, weights)
+            return norm_mlp_tpu.forward(x, shortcut, narrow, gain, epsilon=epsilon)
 
         if norm_mlp_tpu.is_possible(_rows_shape(x)):
             forms["tpu"] = on_tpu
@@ -203,8 +204,8 @@ def _fused_gradients(
         from convnext_jax.ops import norm_mlp_tpu
 
         def on_tpu(x, weights, gain, h, g):
-            narrow = map(_at_most_f32, weights)
-            dx, *gradients = norm_mlp_tpu.backward(x, g, *narrow, gain, epsilon=epsilon)
+            narrow = jax.tree.map(_at_most_f32, weights)
+            dx, gradients = norm_mlp_tpu.backward(x, g, narrow, gain, epsilon=epsilon)
             return dx, _like(weights, gradients)
 
         if norm_mlp_tpu.is_possible(_rows_shape(x)):
@@ -234,7 +235,7 @@ def _fused_gradients(
     return lax.platform_dependent(x, weights, gain, h, g, **forms, default=plain)
 
 
-def _like(weights: NormMlpWeights, gradients: list[jax.Array]) -> NormMlpWeights:
+def _like(weights: NormMlpWeights, gradients: Iterable[jax.Array]) -> NormMlpWeights:
     """The gradients in the dtypes of the weights."""
     return NormMlpWeights(*(d.astype(w.dtype) for d, w in zip(gradients, weights, strict=True)))
 

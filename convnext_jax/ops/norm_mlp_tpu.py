@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from convnext_jax.ops.activations import _normal_distribution
 from convnext_jax.ops.kernels import in_32_bits
+
+if TYPE_CHECKING:
+    from convnext_jax.ops.norm_mlp import NormMlpWeights  # which imports this
 
 F32 = jnp.float32
 ROWS = 512  # of a step
@@ -59,13 +63,7 @@ def _columns(width: int) -> int:
 def forward(
     u: jax.Array,
     x: jax.Array,
-    norm_scale: jax.Array,
-    norm_bias: jax.Array,
-    w1: jax.Array,
-    b1: jax.Array,
-    w2: jax.Array,
-    b2: jax.Array,
-    scale: jax.Array,
+    weights: NormMlpWeights,
     gain: jax.Array | None = None,
     *,
     epsilon: float,
@@ -76,10 +74,7 @@ def forward(
     Args:
       u: (N, H, W, C), what is normalized.
       x: (N, H, W, C), the residual.
-      norm_scale, norm_bias, b2, scale: (C,), as the other weights of at most 32 bits.
-      w1: (C, 4 C), multiplied in the dtype of `u`.
-      b1: (4 C,).
-      w2: (4 C, C), likewise.
+      weights: of at most 32 bits; w1 and w2 are multiplied in the dtype of `u`.
       gain: (N,), what an example is multiplied with before `x` is added; None for 1.
       epsilon: of the norm.
       interpret: run the kernel as plain JAX operations, on any platform.
@@ -88,6 +83,7 @@ def forward(
       (N, H, W, C), the dtype of `u`.
     """
     rows, width = math.prod(u.shape[:-1]), u.shape[-1]
+    norm_scale, norm_bias, w1, b1, w2, b2, scale = weights
     vectors = [v.astype(F32)[None] for v in (norm_scale, norm_bias, b1, b2, scale)]
     inputs = [_rows(u), _rows(x), w1.astype(u.dtype), w2.astype(u.dtype), *vectors]
     [out] = _call(
@@ -102,24 +98,19 @@ def forward(
 def backward(
     u: jax.Array,
     g: jax.Array,
-    norm_scale: jax.Array,
-    norm_bias: jax.Array,
-    w1: jax.Array,
-    b1: jax.Array,
-    w2: jax.Array,
-    b2: jax.Array,
-    scale: jax.Array,
+    weights: NormMlpWeights,
     gain: jax.Array | None = None,
     *,
     epsilon: float,
     interpret: bool | pltpu.InterpretParams = False,
-) -> tuple[jax.Array, ...]:
-    """The gradients of `forward`'s arguments up to `scale` but `x`, whose gradient is `g`.
+) -> tuple[jax.Array, NormMlpWeights]:
+    """The gradients of `u` and, in f32, the weights; that of `x` is `g`.
 
-    `g` is (N, H, W, C), the dtype of `u`, of the result. The gradients of the weights are in f32.
+    `g` is (N, H, W, C), the dtype of `u`, of the result; all else as in `forward`.
     """
     rows, width = math.prod(u.shape[:-1]), u.shape[-1]
-    w2, b2, scale = (w.astype(F32) for w in (w2, b2, scale))
+    norm_scale, norm_bias, w1, b1, *of_second = weights
+    w2, b2, scale = (w.astype(F32) for w in of_second)
     scaled_w2 = (w2 * scale).T.astype(u.dtype)
     vectors = [v.astype(F32)[None] for v in (norm_scale, norm_bias, b1)]
     results = [
@@ -137,8 +128,8 @@ def backward(
     dnorm_scale, dnorm_bias, sum_g = sums
     dw2 = dw2.T
     dscale = (w2 * dw2).sum(0) + b2 * sum_g
-    du = _maps(du, u.shape)
-    return du, dnorm_scale, dnorm_bias, dw1, db1[0], dw2 * scale, sum_g * scale, dscale
+    gradients = dnorm_scale, dnorm_bias, dw1, db1[0], dw2 * scale, sum_g * scale, dscale
+    return _maps(du, u.shape), type(weights)(*gradients)
 
 
 def _call(kernel, inputs, gain, results, *, products, interpret):

@@ -41,7 +41,7 @@ def _try() -> None:
 
     x, shortcut, g, weights, gain = _numbers()
     for function, maps in ((norm_mlp_tpu.forward, (x, shortcut)), (norm_mlp_tpu.backward, (x, g))):
-        traced = jax.jit(functools.partial(function, epsilon=1e-6)).trace(*maps, *weights, gain)
+        traced = jax.jit(functools.partial(function, epsilon=1e-6)).trace(*maps, weights, gain)
         traced.lower(lowering_platforms=("tpu",))
     if jax.default_backend() == "tpu":
         compare()
@@ -57,8 +57,8 @@ def compare(interpret: bool = False) -> None:
 
     @jax.jit
     def fused(x, shortcut, g, weights, gain):
-        y = norm_mlp_tpu.forward(x, shortcut, *weights, gain, **how)
-        dx, *of_weights = norm_mlp_tpu.backward(x, g, *weights, gain, **how)
+        y = norm_mlp_tpu.forward(x, shortcut, weights, gain, **how)
+        dx, of_weights = norm_mlp_tpu.backward(x, g, weights, gain, **how)
         return y, dx, *of_weights
 
     @jax.jit

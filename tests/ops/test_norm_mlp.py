@@ -161,20 +161,20 @@ def test_kernels_of_tpus_err_less_than_plain_arithmetic(width, sides, with_gain,
     (expected, expected_gradients), (theirs, their_gradients) = by_plain_arithmetic(
         x, shortcut, g, weights, gain
     )
-    narrow = [jnp.asarray(w, jnp.bfloat16) for w in weights]
+    narrow = NormMlpWeights(*(jnp.asarray(w, jnp.bfloat16) for w in weights))
     gain = None if gain is None else jnp.asarray(gain, jnp.float32)
     # Of memory that was not written, and of rows that are not there, NaN is read.
     interpret = pltpu.InterpretParams(
         uninitialized_memory="nan", out_of_bounds_reads="uninitialized"
     )
     how = {"epsilon": EPSILON, "interpret": interpret}
-    ours = norm_mlp_tpu.forward(x, shortcut, *narrow, gain, **how)
+    ours = norm_mlp_tpu.forward(x, shortcut, narrow, gain, **how)
     assert ours.dtype == jnp.bfloat16
     assert error(ours, expected) < error(theirs, expected) < 5e-3
-    gradients = norm_mlp_tpu.backward(x, g, *narrow, gain, **how)
+    dx, of_weights = norm_mlp_tpu.backward(x, g, narrow, gain, **how)
     names = ("x", *NormMlpWeights._fields)
     for name, mine, their, best in zip(
-        names, gradients, their_gradients, expected_gradients, strict=True
+        names, (dx, *of_weights), their_gradients, expected_gradients, strict=True
     ):
         assert error(mine, best) < min(error(their, best), 4.2e-3), name
 
